@@ -1,0 +1,205 @@
+"""`attention`: one function, and the implementations behind it."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from alibi_jax.attention.dense import dense
+from alibi_jax.bias import check_integer, check_slopes
+from alibi_jax.typing import (
+    Attended,
+    Key,
+    KeyPositions,
+    Query,
+    QueryPositions,
+    SegmentIds,
+    Slopes,
+    Value,
+)
+
+IMPLEMENTATIONS: dict[str, Callable[..., Attended]] = {"dense": dense}
+
+
+def attention(
+    query: Query,
+    key: Key,
+    value: Value,
+    slopes: Slopes,
+    *,
+    causal: bool = True,
+    scale: float | Array | None = None,
+    query_positions: QueryPositions | None = None,
+    key_positions: KeyPositions | None = None,
+    segment_ids: SegmentIds | None = None,
+    key_segment_ids: SegmentIds | None = None,
+    tolerance: float | None = None,
+    implementation: str | None = None,
+) -> Attended:
+    """Attend with linear biases: softmax over `scale * query.key - slope * distance`.
+
+    Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3. As in its footnote 10 the
+    scale never touches the bias. Logits and softmax are float32 (float64 for float64 inputs), and
+    so is the accumulation of both products. A query that sees no key gives zeros, and zero
+    gradients. Differentiable in `query`, `key`, `value` and `slopes`.
+
+    Under an explicit mesh, batch and head axes may be sharded without further annotation, as long
+    as the mesh axis of the heads divides K, or K is 1 and replicated.
+
+    Args:
+      query: floating [B, T, H, D].
+      key: [B, S, K, D], of the dtype of `query`. K divides H, and query head h reads key head
+        `h // (H // K)` (grouped queries).
+      value: [B, S, K, Dv], of the same dtype; Dv may differ from D.
+      slopes: floating [H], finite and at least 0: one for each query head. See `alibi_jax.slopes`.
+      causal: whether a query sees only keys whose position is not after its own. If not, it sees
+        all, and the distance is `|query_position - key_position|`.
+      scale: scalar factor of `query.key`; 1/sqrt(D) if None.
+      query_positions: integer [T] or [B, T], any integer dtype; see `alibi_jax.bias`. The default
+        aligns the ends: queries at S-T..S-1, keys at 0..S-1, so that the last query sees all keys.
+      key_positions: integer [S] or [B, S]. If T == S, one of the two may be left out and is then
+        the same as the other.
+      segment_ids: integer [B, T], compared as int32. A query sees only keys of an equal id: give
+        each packed document an id, and padding another.
+      key_segment_ids: integer [B, S]; the same as `segment_ids` if left out, where T == S.
+      tolerance: the most probability that an implementation may leave out of a row, a number in
+        [0, 1); 0 leaves out nothing, None lets it choose by the dtype. "dense" leaves out nothing.
+      implementation: "dense", or None for the best that fits.
+
+    Returns:
+      [B, T, H, Dv] in the dtype of `query`.
+
+    Raises:
+      TypeError: a dtype is not allowed.
+      ValueError: shapes do not fit together, or a value is not allowed. Values in `slopes` are
+        checked only where they are known: not inside `jit`, `grad` or `vmap`.
+    """
+    query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    _check_inputs(query, key, value)
+    batch, length, heads, head_dim = query.shape
+
+    slopes = check_slopes(slopes)
+    if slopes.shape != (heads,):
+        raise ValueError(
+            f"slopes must have one value for each query head, ({heads},); got {slopes.shape}"
+        )
+    if scale is None:
+        scale = 1 / math.sqrt(head_dim)
+    elif jnp.shape(scale) != ():
+        raise ValueError(f"scale must be a scalar, got the shape {jnp.shape(scale)}")
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance must be None or at least 0 and below 1, got {tolerance}")
+    if implementation is None:
+        implementation = "dense"
+    elif implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation must be None or one of {[*IMPLEMENTATIONS]}, got {implementation!r}"
+        )
+
+    sizes = batch, length, key.shape[1]
+    query_positions, key_positions = _positions(query_positions, key_positions, *sizes)
+    segment_ids, key_segment_ids = _segments(segment_ids, key_segment_ids, *sizes)
+    return IMPLEMENTATIONS[implementation](
+        query,
+        key,
+        value,
+        slopes,
+        causal=causal,
+        scale=scale,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        segment_ids=segment_ids,
+        key_segment_ids=key_segment_ids,
+        tolerance=tolerance,
+    )
+
+
+def _check_inputs(query: Array, key: Array, value: Array) -> None:
+    """Check that query [B, T, H, D], key [B, S, K, D] and value [B, S, K, Dv] fit together."""
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(
+            f"query, key and value must be [batch, length, heads, head dim], got {shapes}"
+        )
+    if 0 in (*query.shape, *key.shape, *value.shape):
+        raise ValueError(f"no axis may be empty, got {shapes}")
+    if not query.shape[0] == key.shape[0] == value.shape[0]:
+        raise ValueError(f"query, key and value must have the same batch (axis 0), got {shapes}")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(
+            f"key and value must have the same length and heads (axes 1 and 2), got {shapes}"
+        )
+    if query.shape[3] != key.shape[3]:
+        raise ValueError(f"query and key must have the same head dim (axis 3), got {shapes}")
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the key heads must divide the query heads, got {query.shape[2]} query heads and "
+            f"{key.shape[2]} key heads"
+        )
+    dtypes = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value must have one dtype, got {dtypes}; cast them first")
+    if not jnp.issubdtype(query.dtype, jnp.floating):
+        raise TypeError(f"query, key and value must be floating, got {dtypes}")
+
+
+def _positions(
+    query_positions: Any, key_positions: Any, batch: int, length: int, key_length: int
+) -> tuple[Any, Any]:
+    """Check positions, or fill them in, as i32[1 or B, T] and i32[1 or B, S]."""
+    if query_positions is None and key_positions is None:
+        # numpy, so that the values are known under jit too: an implementation may plan with them.
+        return (
+            np.arange(key_length - length, key_length, dtype=np.int32)[None],
+            np.arange(key_length, dtype=np.int32)[None],
+        )
+    query_positions, key_positions = _pair(
+        "positions", query_positions, key_positions, length, key_length
+    )
+    return (
+        _per_token("query_positions", query_positions, (length,), (batch, length)),
+        _per_token("key_positions", key_positions, (key_length,), (batch, key_length)),
+    )
+
+
+def _segments(
+    segment_ids: Any, key_segment_ids: Any, batch: int, length: int, key_length: int
+) -> tuple[Any, Any]:
+    """Check segment ids, as i32[B, T] and i32[B, S], or None for both."""
+    if segment_ids is None:
+        if key_segment_ids is not None:
+            raise ValueError("key_segment_ids was given without segment_ids; give both")
+        return None, None
+    segment_ids, key_segment_ids = _pair(
+        "segment_ids", segment_ids, key_segment_ids, length, key_length
+    )
+    return (
+        _per_token("segment_ids", segment_ids, (batch, length)),
+        _per_token("key_segment_ids", key_segment_ids, (batch, key_length)),
+    )
+
+
+def _pair(name: str, of_query: Any, of_key: Any, length: int, key_length: int) -> tuple[Any, Any]:
+    """Return both; one that is missing is the same as the other, if the lengths allow it."""
+    if of_query is None or of_key is None:
+        if length != key_length:
+            raise ValueError(
+                f"{name} were given for one side only, which needs as many queries as keys, but T "
+                f"is {length} and S is {key_length}; give them for queries and for keys"
+            )
+        of_query = of_key = of_key if of_query is None else of_query
+    return of_query, of_key
+
+
+def _per_token(name: str, values: Any, *shapes: tuple[int, ...]) -> Array:
+    """Return integers, one a token, as i32[B or 1, length]."""
+    values = jnp.asarray(values)
+    check_integer(name, values)
+    if values.shape not in shapes:
+        raise ValueError(
+            f"{name} must have the shape {' or '.join(map(str, shapes))}, got {values.shape}"
+        )
+    return jnp.atleast_2d(values.astype(jnp.int32))

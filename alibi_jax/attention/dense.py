@@ -1,0 +1,83 @@
+"""Dense attention: the readable truth. It holds all logits, so it is for tests and short inputs.
+
+Softmax over `scale * query.key - slope * distance` (Press, Smith, Lewis, ICLR 2022, section 3).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from alibi_jax.bias import distance_bias, distances, float_dtype
+from alibi_jax.typing import (
+    Attended,
+    Key,
+    KeyPositions,
+    Query,
+    QueryPositions,
+    SegmentIds,
+    Slopes,
+    Value,
+)
+
+
+def dense(
+    query: Query,
+    key: Key,
+    value: Value,
+    slopes: Slopes,
+    *,
+    causal: bool,
+    scale: float | Array,
+    query_positions: QueryPositions,
+    key_positions: KeyPositions,
+    segment_ids: SegmentIds | None,
+    key_segment_ids: SegmentIds | None,
+    tolerance: float | None,
+) -> Attended:
+    """Compute `alibi_jax.attention`; the arguments are as that function checks and fills them.
+
+    Positions are [1, T] or [B, T], and [1, S] or [B, S]; both segment ids are given, or neither.
+    """
+    del tolerance  # Nothing is skipped, which satisfies any tolerance.
+    batch, length, heads, head_dim = query.shape
+    key_heads = key.shape[2]
+    group = heads // key_heads
+    dtype = float_dtype(query.dtype)
+
+    # Query head h = k * G + g reads key head k. The G * T queries of a key head are the rows of one
+    # matrix: XLA's CPU backend multiplies these several times faster than it does [B, T, K, G, D].
+    # Splitting the head axis, rather than repeating keys, also keeps its sharding.
+    rows = query.reshape(batch, length, key_heads, group, head_dim).transpose(0, 2, 3, 1, 4)
+    keys, values = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    # Said, since a reshape forgets the sharding of an axis of size 1, such as a batch of one.
+    placed = jax.typeof(keys).sharding
+    rows = rows.reshape(batch, key_heads, group * length, head_dim, out_sharding=placed)
+    logits = jnp.einsum("bkrd,bksd->bkrs", rows, keys, preferred_element_type=dtype)
+    logits = logits.reshape(batch, key_heads, group, length, -1).reshape(batch, heads, length, -1)
+    logits *= jnp.asarray(scale, dtype)
+
+    # The method, and all of it: one bias a head, added after the scale.
+    logits += distance_bias(
+        slopes.astype(dtype),
+        distances(query_positions, key_positions),
+        kind="causal" if causal else "symmetric",
+    )
+
+    if segment_ids is not None and key_segment_ids is not None:
+        same = segment_ids[:, None, :, None] == key_segment_ids[:, None, None, :]
+        logits = jnp.where(same, logits, -jnp.inf)
+
+    weights = _softmax(logits).astype(value.dtype)
+    rows = weights.reshape(batch, key_heads, group, length, -1)
+    rows = rows.reshape(batch, key_heads, group * length, keys.shape[2], out_sharding=placed)
+    output = jnp.einsum("bkrs,bksd->bkrd", rows, values, preferred_element_type=dtype)
+    output = output.reshape(batch, key_heads, group, length, -1).transpose(0, 3, 1, 2, 4)
+    return output.reshape(batch, length, heads, -1).astype(query.dtype)
+
+
+def _softmax(logits: Float[Array, "*B S"]) -> Float[Array, "*B S"]:
+    """Softmax over the last axis; a row of -inf gives zeros, with zero gradients."""
+    largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.exp(logits - jnp.where(largest == -jnp.inf, 0.0, largest))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    return weights / jnp.where(total == 0, 1.0, total)

@@ -1,0 +1,293 @@
+"""The configuration of a run, and how a file and the command line make one.
+
+A config file is Python with a function `get_config()` that returns a `Config`. On the command line
+`--config.SECTION.FIELD=VALUE` overrides a field. Unknown names, wrong types and impossible values
+end in one line that says what is allowed, before anything is read or allocated.
+"""
+
+import ast
+import dataclasses
+import difflib
+import runpy
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from alibi_jax.data.config import DataConfig
+from alibi_jax.errors import UserError, require
+from alibi_jax.evaluation.config import EvaluationConfig
+from alibi_jax.models.config import DecoderConfig
+from alibi_jax.sharding import MeshConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up, a schedule and clipping."""
+
+    learning_rate: float = 2e-3  # the peak, reached at the end of the warm-up
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    warmup_steps: int = 50  # steps of linear warm-up from 0
+    final_fraction: float = 0.1  # of the peak, reached after the last step (not "constant")
+    beta1: float = 0.9  # decay of the mean of gradients
+    beta2: float = 0.95  # decay of the mean of squared gradients
+    epsilon: float = 1e-8  # added to the denominator
+    weight_decay: float = 0.1  # decoupled; never on norms and biases
+    clip_norm: float = 1.0  # largest global norm of the gradient
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot train."""
+        _within("optimizer.learning_rate", self.learning_rate, 0.0, 1e3, low_open=True)
+        _within("optimizer.warmup_steps", self.warmup_steps, 0)
+        _within("optimizer.final_fraction", self.final_fraction, 0.0, 1.0)
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(
+                0.0 <= value < 1.0,
+                f"config.optimizer.{name}={value}: must be at least 0 and below 1",
+            )
+        _within("optimizer.epsilon", self.epsilon, 0.0, 1.0, low_open=True)
+        _within("optimizer.weight_decay", self.weight_decay, 0.0, 1e3)
+        _within("optimizer.clip_norm", self.clip_norm, 0.0, low_open=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, and what to keep on the way."""
+
+    num_steps: int = 500  # optimizer steps
+    seed: int = 0  # of the parameters, the order of the data and dropout
+    z_loss: float = 0.0  # weight of mean(logsumexp(logits)^2), which keeps logits small
+    gradient_accumulation: int = 1  # microbatches a step; each holds batch_size / this sequences
+    log_every: int = 10  # steps between lines in metrics.jsonl and TensorBoard
+    validate_every: int = 250  # steps between losses on validation data; 0: never
+    validation_batches: int = 8  # batches of validation data in each such loss
+    checkpoint_every: int = 100  # steps between checkpoints
+    keep_checkpoints: int = 2  # newest checkpoints kept
+
+    def validate(self) -> None:
+        """Raises UserError for values that cannot train."""
+        positive = ("num_steps", "gradient_accumulation", "log_every", "validation_batches")
+        for name in (*positive, "checkpoint_every", "keep_checkpoints"):
+            _within(f"training.{name}", getattr(self, name), 1, 2**31 - 1)  # steps are int32
+        _within("training.seed", self.seed, 0, 2**32 - 1)
+        _within("training.z_loss", self.z_loss, 0.0, 1.0)
+        _within("training.validate_every", self.validate_every, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    model: DecoderConfig = dataclasses.field(default_factory=DecoderConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def validate(self, num_devices: int) -> None:
+        """Checks types, values and what fields ask of each other; raises UserError."""
+        _check_types(self, "config")
+        self.model.validate()
+        self.data.validate()
+        self.optimizer.validate()
+        self.training.validate()
+        self.evaluation.validate(self.data.sequence_length)
+        data, fsdp, tensor = self.mesh.sizes(num_devices)
+        batch, parts = self.data.batch_size, self.training.gradient_accumulation
+        require(
+            batch % (parts * data * fsdp) == 0,
+            f"config.data.batch_size={batch} does not divide into {parts} microbatch(es) over "
+            f"{data * fsdp} device(s) of the data and fsdp axes: use a multiple of "
+            f"{parts * data * fsdp}",
+        )
+        sharded = {
+            "num_heads": tensor,
+            "num_kv_heads": tensor,
+            "mlp_dim": tensor,
+            "embed_dim": fsdp,
+        }
+        actual = {"num_kv_heads": self.model.kv_heads, "mlp_dim": self.model.mlp_size}
+        for name, shards in sharded.items():
+            size = actual.get(name, getattr(self.model, name))
+            require(
+                size % shards == 0,
+                f"config.model.{name}={size} does not divide over {shards} devices of the "
+                f"{'fsdp' if name == 'embed_dim' else 'tensor'} axis: use a multiple of {parts}, "
+                "or a smaller axis in config.mesh",
+            )
+        require(
+            self.optimizer.warmup_steps <= self.training.num_steps,
+            f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is more than "
+            f"config.training.num_steps={self.training.num_steps}: warm up for at most as many",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def load_config(path: str, overrides: dict[str, str]) -> Config:
+    """Runs a config file and applies overrides such as {"model.num_layers": "2"}.
+
+    Raises:
+      UserError: the file is missing or fails, or a name or a value is wrong.
+    """
+    file = Path(path).expanduser()
+    require(file.is_file(), f"--config={path}: no such file")
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        if not callable(get_config):
+            raise UserError(
+                f"--config={path} has no function get_config(): define one that returns an "
+                "alibi_jax.config.Config"
+            )
+        config = get_config()
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"--config={path} fails with {type(error).__name__}: {error}; it must be Python with "
+            "a function get_config()"
+        ) from error
+    require(
+        isinstance(config, Config),
+        f"--config={path}: get_config() returned {type(config).__name__}, it must return an "
+        "alibi_jax.config.Config",
+    )
+    _check_types(config, "config")
+    for name, text in overrides.items():
+        config = _override(config, name.split("."), text, "config")
+    return config
+
+
+def describe(config: Any, prefix: str = "config") -> Iterator[str]:
+    """Yields one line, `--config.SECTION.FIELD=VALUE`, for every field."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from describe(value, f"{prefix}.{field.name}")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            yield f"--{prefix}.{field.name}={text}"
+
+
+def _override(node: Any, path: Sequence[str], text: str, prefix: str) -> Any:
+    """The dataclass `node` with the field at `path` set to the value that `text` spells."""
+    name, *rest = path
+    names = [field.name for field in dataclasses.fields(node)]
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {prefix}.{close[0]}?" if close else f"it has {', '.join(names)}"
+        raise UserError(f"--{prefix}.{name} does not exist: {hint}")
+    value = getattr(node, name)
+    here = f"{prefix}.{name}"
+    if dataclasses.is_dataclass(value):
+        require(bool(rest), f"--{here} is a section: set one of its fields, --{here}.FIELD=VALUE")
+        return dataclasses.replace(node, **{name: _override(value, rest, text, here)})
+    require(not rest, f"--{here} is a field, not a section: --{here}=VALUE")
+    annotation = typing.get_type_hints(type(node))[name]
+    return dataclasses.replace(node, **{name: _parse(text, annotation, here)})
+
+
+def _parse(text: str, annotation: Any, name: str) -> Any:
+    if annotation is str or text in _choices(annotation):
+        return text
+    if str in typing.get_args(annotation) and text.lower() != "none":  # str | None
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        value = None if text.lower() == "none" else text
+    if _element(annotation) is not None and isinstance(value, list | int | float):
+        value = tuple(value) if isinstance(value, list) else (value,)
+    value = _as_float(value, annotation)
+    _check_type(value, annotation, f"--{name}={text}")
+    return value
+
+
+def _as_float(value: Any, annotation: Any) -> Any:
+    """Integers are welcome where a float is asked for."""
+    element = _element(annotation)
+    if element is float and isinstance(value, tuple):
+        return tuple(_as_float(item, float) for item in value)
+    if type(value) is int and float in (annotation, *typing.get_args(annotation)):
+        return float(value)
+    return value
+
+
+def _check_types(node: Any, prefix: str) -> None:
+    annotations = typing.get_type_hints(type(node))
+    for field in dataclasses.fields(node):
+        value, name = getattr(node, field.name), f"{prefix}.{field.name}"
+        annotation = annotations[field.name]
+        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            given = type(value).__name__
+            require(
+                type(value) is annotation, f"{name} is a {given}: must be a {annotation.__name__}"
+            )
+            _check_types(value, name)
+        else:
+            _check_type(_as_float(value, annotation), annotation, f"{name}={value!r}")
+
+
+def _check_type(value: Any, annotation: Any, given: str) -> None:
+    require(_matches(value, annotation), f"{given}: must be {_spell(annotation)}")
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+    if annotation in (int, float, str, bool, type(None)):
+        return type(value) is annotation
+    if typing.get_origin(annotation) is Literal:
+        return value in typing.get_args(annotation) and isinstance(value, str)
+    element = _element(annotation)
+    if element is not None and isinstance(value, tuple):
+        return all(_matches(item, element) for item in value)
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        return any(_matches(value, option) for option in typing.get_args(annotation))
+    return False
+
+
+def _element(annotation: Any) -> Any:
+    """Type of the elements where the annotation is, or may be, a tuple; else None."""
+    if typing.get_origin(annotation) is tuple:
+        return typing.get_args(annotation)[0]
+    elements = [_element(option) for option in typing.get_args(annotation)]
+    return next((element for element in elements if element is not None), None)
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    if typing.get_origin(annotation) is Literal:
+        return typing.get_args(annotation)
+    return tuple(choice for option in typing.get_args(annotation) for choice in _choices(option))
+
+
+def _spell(annotation: Any) -> str:
+    plain = {
+        int: "an integer",
+        float: "a number",
+        str: "text",
+        bool: "true or false",
+        type(None): "none",
+    }
+    if annotation in plain:
+        return plain[annotation]
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(typing.get_args(annotation))
+    if typing.get_origin(annotation) is tuple:
+        numbers = {int: "integers", float: "numbers"}[typing.get_args(annotation)[0]]
+        return f"{numbers} with commas between"
+    return " or ".join(_spell(option) for option in typing.get_args(annotation))
+
+
+def _within(
+    name: str, value: float, low: float, high: float = float("inf"), *, low_open: bool = False
+) -> None:
+    above = value > low if low_open else value >= low
+    limit = f"above {low}" if low_open else f"at least {low}"
+    limit += f" and at most {high}" if high != float("inf") else ""
+    require(
+        above and value <= high and value != float("inf"), f"config.{name}={value}: must be {limit}"
+    )

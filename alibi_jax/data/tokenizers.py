@@ -1,0 +1,138 @@
+"""Text to token ids and back: bytes, a tokenizer.json, or a BPE trained here."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from alibi_jax.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+# What a tokenizer.json may call the token between documents, in the order of preference.
+SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<s>", "<bos>", "[CLS]")
+
+
+class Tokenizer(Protocol):
+    """What the corpus needs of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, the separator among them."""
+
+    @property
+    def separator(self) -> int:
+        """Id of the token that stands before and after every document, and never inside one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies what text becomes which tokens."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return int [n] token ids of each text, with nothing added."""
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Return the text of token ids [n], separators left out; invalid UTF-8 becomes U+FFFD."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0..255; the separator is 256 and decodes to nothing."""
+
+    vocab_size: int = 257
+    separator: int = 256
+    fingerprint: str = "bytes"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return uint8 [n] UTF-8 bytes of each text."""
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Return the text of bytes, separators left out; invalid UTF-8 becomes U+FFFD."""
+        ids = np.asarray(ids)
+        return ids[ids < 256].astype(np.uint8).tobytes().decode(errors="replace")
+
+
+class SubwordTokenizer:
+    """A tokenizer of the `tokenizers` library, without special tokens, padding or truncation."""
+
+    def __init__(self, tokenizer: Any, separator: str) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        # "</s>" in a text is these four characters, not the end of a document.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.separator: int = tokenizer.token_to_id(separator)
+        # Ids may have holes.
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hash of the tokenizer's JSON and its separator."""
+        content = f"{self.separator} {self._tokenizer.to_str()}"
+        return hashlib.blake2b(content.encode()).hexdigest()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Return uint32 [n] token ids of each text, on all cores."""
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, np.uint32) for encoding in encodings]
+
+    def decode(self, ids: npt.ArrayLike) -> str:
+        """Return the text of token ids, separators left out."""
+        ids = np.asarray(ids)
+        return self._tokenizer.decode(
+            ids[ids != self.separator].tolist(), skip_special_tokens=False
+        )
+
+
+def load_tokenizer_file(path: pathlib.Path) -> SubwordTokenizer:
+    """Load a tokenizer.json as the `tokenizers` and `transformers` libraries write it.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UserError: It is none, or has no token that can stand between documents.
+    """
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more special
+        raise UserError(
+            f"tokenizer {str(path)!r} is not a tokenizer.json ({error}); give a file that "
+            "tokenizers.Tokenizer.save wrote, or 'bytes' or 'bpe:VOCAB_SIZE'"
+        ) from error
+    for separator in SEPARATORS:
+        if tokenizer.token_to_id(separator) is not None:
+            return SubwordTokenizer(tokenizer, separator)
+    raise UserError(
+        f"tokenizer {str(path)!r} has no token to put between documents; "
+        f"add one of {' '.join(SEPARATORS)} to it"
+    )
+
+
+def train_bpe(texts: Iterator[str], vocab_size: int, path: pathlib.Path) -> None:
+    """Train a byte-level BPE (as GPT-2's) and write its tokenizer.json. Deterministic.
+
+    Args:
+        texts: Pieces of text.
+        vocab_size: Tokens at most, at least 257: the bytes and the separator.
+        path: Where to write.
+    """
+    import tokenizers
+
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    path.write_text(tokenizer.to_str())

@@ -1,0 +1,68 @@
+"""What is evaluated beyond the training length, and whether that can work."""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+from alibi_jax.errors import require
+
+_MIN_BOOTSTRAP = 100  # below this the 2.5th percentile is one or two resamples
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How a trained model is evaluated beyond its training length."""
+
+    # Window lengths as multiples of the training length, from 1 on; each is a multiple of the one
+    # before it, so that windows of every length tile the same tokens.
+    multiples: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    # Held-out split that is scored: "valid" or "test".
+    split: Literal["valid", "test"] = "test"
+    # Windows of the longest length, spread over as many documents as possible. More of them
+    # narrow the intervals; time grows in proportion.
+    num_windows: int = 32
+    # Tokens at the end of every longest window that the fixed-target protocol scores; at most the
+    # training length.
+    num_targets: int = 64
+    # Tokens scored at once, which bounds memory; at least the longest length.
+    tokens_per_batch: int = 16384
+    # Bootstrap resamples of the documents behind each interval.
+    num_bootstrap: int = 1000
+
+    def lengths(self, train_length: int) -> tuple[int, ...]:
+        """Window lengths in tokens, shortest first."""
+        return tuple(multiple * train_length for multiple in self.multiples)
+
+    def validate(self, train_length: int) -> None:
+        """Raise UserError, before anything is trained, for an evaluation that cannot work."""
+        require(
+            self.multiples[:1] == (1,),
+            f"config.evaluation.multiples={self.multiples}: must start with 1, the training "
+            "length, with which the others are compared",
+        )
+        for shorter, longer in itertools.pairwise(self.multiples):
+            require(
+                longer > shorter and longer % shorter == 0,
+                f"config.evaluation.multiples has {longer} after {shorter}: each must be a larger "
+                f"multiple of the one before it, for example {2 * shorter}",
+            )
+        longest = self.lengths(train_length)[-1]
+        require(
+            self.num_windows >= 1,
+            f"config.evaluation.num_windows={self.num_windows}: must be at least 1",
+        )
+        require(
+            1 <= self.num_targets <= train_length,
+            f"config.evaluation.num_targets={self.num_targets}: must be at least 1 and at most "
+            f"the training length, {train_length}",
+        )
+        require(
+            self.tokens_per_batch >= longest,
+            f"config.evaluation.tokens_per_batch={self.tokens_per_batch} is less than one window "
+            f"of {longest} tokens: raise it, or shorten config.evaluation.multiples",
+        )
+        require(
+            self.num_bootstrap >= _MIN_BOOTSTRAP,
+            f"config.evaluation.num_bootstrap={self.num_bootstrap}: must be at least "
+            f"{_MIN_BOOTSTRAP} for a 95% interval",
+        )

@@ -1,0 +1,170 @@
+"""Say in words how far the loss holds, and what the windows' gain is made of."""
+
+import itertools
+import math
+from typing import Any, TypedDict
+
+TOLERANCE = 0.01  # the loss holds while it is at most this fraction above the training length's
+
+
+class Entry(TypedDict):
+    """One length under one protocol; None stands for a number that is not finite or not known."""
+
+    length: int  # tokens of a window
+    nats_per_token: float | None
+    interval: list[float] | None  # 95%, nats per token
+    bits_per_byte: float | None
+    change: float | None  # against the training length, nats per token
+    change_interval: list[float] | None  # 95%, paired
+    relative_change: float | None  # against the training length, as a fraction of its loss
+    relative_change_interval: list[float] | None  # 95%, paired
+
+
+def percent(fraction: float) -> str:
+    """Write a change with its sign and about three digits: +0.05%, -12.3%, +4,310%."""
+    digits = 2 if abs(fraction) < 0.1 else 1 if abs(fraction) < 1 else 0
+    rounded = round(100 * fraction, digits) + 0.0  # no "-0.00%"
+    return f"{rounded:+,.{digits}f}%"
+
+
+def relative_change(entry: Entry) -> str:
+    """Write a relative change with its interval: "+0.05% [-0.02%, +0.12%]"."""
+    if entry["relative_change"] is None:
+        return "not finite"
+    text = percent(entry["relative_change"])
+    if entry["relative_change_interval"] is not None:
+        low, high = entry["relative_change_interval"]
+        text += f" [{percent(low)}, {percent(high)}]"
+    return text
+
+
+def verdict(
+    nonoverlapping: list[Entry], fixed_targets: list[Entry], *, unit: str, num_documents: int
+) -> dict[str, Any]:
+    """Judge how far beyond the training length the loss holds.
+
+    It holds to a length if the loss on fixed targets is at most 1% above that at the training
+    length, there and at every length below.
+
+    Args:
+        nonoverlapping: Entries by length; the first is the training length.
+        fixed_targets: Entries by length, likewise.
+        unit: What the intervals resample: "document" or "piece".
+        num_documents: How many of them there are.
+
+    Returns:
+        "text"; "holds_to", tokens; "holds_factor", times the training length; "compared_at", the
+        longest length that holds or else the first beyond the training length (None if there is
+        none); and, at that length, "nonoverlapping_change", "fixed_targets_change" and their
+        "..._interval", nats per token against the training length.
+    """
+    train_length = fixed_targets[0]["length"]
+    held = len(list(itertools.takewhile(_holds, fixed_targets[1:])))
+    holds_to = fixed_targets[held]["length"]
+    result: dict[str, Any] = {
+        "text": _text(nonoverlapping, fixed_targets, held, unit, num_documents),
+        "holds_to": holds_to,
+        "holds_factor": holds_to / train_length,
+        "compared_at": None,
+    }
+    if len(fixed_targets) > 1:
+        at = max(held, 1)
+        result["compared_at"] = fixed_targets[at]["length"]
+        for name, entry in (
+            ("nonoverlapping_change", nonoverlapping[at]),
+            ("fixed_targets_change", fixed_targets[at]),
+        ):
+            result[name] = entry["change"]
+            result[f"{name}_interval"] = entry["change_interval"]
+    return result
+
+
+def _holds(entry: Entry) -> bool:
+    return entry["relative_change"] is not None and entry["relative_change"] <= TOLERANCE
+
+
+def _text(
+    nonoverlapping: list[Entry], fixed: list[Entry], held: int, unit: str, num_documents: int
+) -> str:
+    train_length = fixed[0]["length"]
+    if fixed[0]["nats_per_token"] is None:
+        return (
+            f"The loss at the training length of {train_length} tokens is not finite: there is "
+            "nothing to compare other lengths with."
+        )
+    if len(fixed) == 1:
+        return (
+            f"Evaluated at the training length of {train_length} tokens only, which says nothing "
+            "about longer ones."
+        )
+    sentences = []
+    if held:
+        sentences += [_holding(fixed, held), *_gain(nonoverlapping[held], fixed[held])]
+    if held + 1 < len(fixed):
+        sentences.append(_failing(fixed, held))
+    if num_documents == 1:
+        sentences.append(f"All windows come from one {unit}, so there are no intervals.")
+    return " ".join(sentences)
+
+
+def _holding(fixed: list[Entry], held: int) -> str:
+    """Say how far the loss holds, what it does there and whether longer context helps."""
+    entry = fixed[held]
+    factor = entry["length"] / fixed[0]["length"]
+    reach = " (the longest evaluated)" if held + 1 == len(fixed) else ""
+    text = (
+        f"The loss holds to {entry['length']} tokens{reach}, {factor:g}x the training length: on "
+        f"the same targets it changes by {relative_change(entry)}"
+    )
+    interval = entry["relative_change_interval"]
+    if interval is None:
+        return text + "."
+    low, high = interval
+    if high > TOLERANCE:
+        return text + ", an interval that reaches above +1%, so this is not certain."
+    if high < 0:
+        return text + ", a gain from longer context."
+    if low > 0:
+        return text + ", no gain from longer context."
+    return text + ", no measurable gain from longer context."
+
+
+def _gain(nonoverlapping: Entry, fixed: Entry) -> list[str]:
+    """Bound the part of the nonoverlapping windows' gain that longer context can explain.
+
+    A fixed target has the full length as context where other tokens have less, so the gain on
+    fixed targets bounds what longer context does for the average token (if more context never does
+    less). The bound taken is the far end of its interval.
+    """
+    change_interval, fixed_interval = nonoverlapping["change_interval"], fixed["change_interval"]
+    change = nonoverlapping["change"]
+    if change is None or change_interval is None or fixed_interval is None:
+        return []
+    if change_interval[1] >= 0:
+        return []
+    gain = f"{-change:.4f} nats per token that nonoverlapping windows gain"
+    bound = max(0.0, -fixed_interval[0])
+    if bound >= -change:
+        return [f"Longer context could explain all of the {gain}."]
+    # Rounded up, as a bound must be.
+    most = f"at most {math.ceil(bound * 1e4) / 1e4:.4f}" if bound else "none"
+    return [
+        f"Of the {gain}, {most} is longer context; the rest is fewer tokens near a window's start."
+    ]
+
+
+def _failing(fixed: list[Entry], held: int) -> str:
+    """Say where the loss first fails to hold, and by how much."""
+    entry = fixed[held + 1]
+    start = (
+        f"It does not hold at {entry['length']} tokens: "
+        if held
+        else f"The loss does not hold beyond the training length of {fixed[0]['length']} tokens: "
+        f"at {entry['length']}, "
+    )
+    if entry["relative_change"] is None:
+        return f"{start}on the same targets it is not finite."
+    interval = entry["relative_change_interval"]
+    unsure = interval is not None and interval[0] <= TOLERANCE
+    end = ", though the interval reaches below +1%" if unsure else ""
+    return f"{start}on the same targets it changes by {relative_change(entry)}{end}."

@@ -1,0 +1,16 @@
+"""Files that are there whole or not at all."""
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name, then renames it; nothing if it holds the text."""
+    if path.is_file() and path.read_bytes() == text.encode():
+        return
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)

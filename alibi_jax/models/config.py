@@ -1,0 +1,121 @@
+"""Configuration of the decoder: every switch that the published ALiBi decoders need."""
+
+import dataclasses
+from typing import Literal
+
+from alibi_jax.errors import require
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm causal transformer language model.
+
+    BLOOM, MPT, Falcon-RW, BTLM/JAIS, Baichuan-13B and Refact are settings of these fields.
+    """
+
+    vocab_size: int | None = None  # None in a training config: the tokenizer's
+    num_layers: int = 4  # blocks
+    embed_dim: int = 128  # of the residual stream
+    num_heads: int = 8  # query heads
+    num_kv_heads: int | None = None  # key/value heads, grouped queries if fewer; None: num_heads
+    head_dim: int | None = None  # None: embed_dim / num_heads
+    mlp_dim: int | None = None  # hidden units of the MLP; None: 4 * embed_dim
+
+    # Position.
+    position: Literal["alibi", "sinusoidal", "none"] = "alibi"  # the position method
+    bias_max: float = 8.0  # alibi: slopes run down to 2^-bias_max (MPT's alibi_bias_max)
+    slopes: tuple[float, ...] | None = None  # alibi: slopes given one by one; None: the standard
+    slope_scale: float = 1.0  # alibi: factor on every slope (Falcon-RW: 1/sqrt(head_dim))
+
+    # Block.
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, MLP and the head
+    norm_bias: bool = True  # layernorm only
+    norm_eps: float = 1e-5  # added to the variance
+    activation: Literal["gelu", "gelu_tanh", "silu", "relu"] = "gelu"  # "gelu" is the exact one
+    gated_mlp: bool = False  # down(activation(gate(x)) * up(x))
+    qkv_bias: bool = True  # of the query, key and value projections
+    out_bias: bool = True  # of the attention's output projection
+    mlp_bias: bool = True  # of every projection in the MLP
+    clip_qkv: float | None = None  # queries, keys, values are clipped to [-clip_qkv, clip_qkv]
+    qk_norm: Literal["full", "per_head"] | None = None  # norm of queries and keys, after the clip
+    attention_scale: float | None = None  # factor on q.k, never on the bias; None: 1/sqrt(head_dim)
+    dropout: float = 0.0  # probability, on the embedding and on each residual branch
+
+    # Ends.
+    embed_norm: bool = False  # a norm after the embedding (BLOOM)
+    embed_scale: float = 1.0  # factor on the embedding
+    tie_embeddings: bool = True  # the output head is the embedding matrix
+    logit_scale: float = 1.0  # factor on the logits
+
+    # How it is computed: none of these changes the parameters.
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
+    scan_layers: bool = True  # one compiled layer for any depth; False unrolls
+    remat: bool = False  # recompute each layer in the backward pass, to save memory
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, with the default filled."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """Head dimension, with the default filled."""
+        return self.embed_dim // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_size(self) -> int:
+        """Hidden units of the MLP, with the default filled."""
+        return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    def validate(self) -> None:
+        """Raises UserError for values that no model can have."""
+        for name in ("num_layers", "embed_dim", "num_heads"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("vocab_size", "num_kv_heads", "head_dim", "mlp_dim"):
+            if (value := getattr(self, name)) is not None:
+                _at_least_one(name, value)
+        require(
+            self.head_dim is not None or self.embed_dim % self.num_heads == 0,
+            f"config.model.embed_dim={self.embed_dim} is not a multiple of "
+            f"num_heads={self.num_heads}: change one, or give head_dim",
+        )
+        require(
+            self.num_heads % self.kv_heads == 0,
+            f"config.model.num_heads={self.num_heads} is not a multiple of "
+            f"num_kv_heads={self.kv_heads}: every key/value head serves equally many query heads",
+        )
+        require(
+            0.0 <= self.dropout < 1.0,
+            f"config.model.dropout={self.dropout}: a probability, at least 0 and below 1",
+        )
+        for name in ("bias_max", "norm_eps", "embed_scale", "logit_scale"):
+            _positive(name, getattr(self, name))
+        for name in ("clip_qkv", "attention_scale"):
+            if (value := getattr(self, name)) is not None:
+                _positive(name, value)
+        require(
+            0.0 <= self.slope_scale < float("inf"),
+            f"config.model.slope_scale={self.slope_scale}: a finite number, at least 0",
+        )
+        if self.slopes is not None:
+            require(
+                len(self.slopes) == self.num_heads,
+                f"config.model.slopes has {len(self.slopes)} values for num_heads="
+                f"{self.num_heads}: give one a head",
+            )
+            require(
+                all(0.0 <= slope < float("inf") for slope in self.slopes),
+                f"config.model.slopes={self.slopes}: finite numbers, at least 0",
+            )
+        require(
+            self.position != "sinusoidal" or self.embed_dim % 2 == 0,
+            f"config.model.embed_dim={self.embed_dim} is odd: sinusoidal positions need it even",
+        )
+
+
+def _at_least_one(name: str, value: int) -> None:
+    require(value >= 1, f"config.model.{name}={value}: must be at least 1")
+
+
+def _positive(name: str, value: float) -> None:
+    require(0.0 < value < float("inf"), f"config.model.{name}={value}: a finite number above 0")

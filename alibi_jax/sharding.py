@@ -1,0 +1,68 @@
+"""One mesh with named axes, and the one table that says what is sharded over what.
+
+Every array is described by logical axes ("batch", "heads", ...); `RULES` maps those to mesh axes.
+Without a mesh (a notebook, a test, one device) `spec` is None and nothing is sharded.
+"""
+
+import dataclasses
+import math
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from alibi_jax.errors import require
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+# logical axis -> mesh axes. Anything else is replicated.
+RULES: dict[str, str | tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),  # activations: sequences
+    "embed": "fsdp",  # parameters: the model dimension, gathered where it is used
+    "heads": "tensor",  # parameters and activations: query and key/value heads
+    "mlp": "tensor",  # parameters and activations: the hidden layer of the MLP
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; their product is the number of devices. At most one may be -1."""
+
+    data: int = -1  # copies of the model, each with its share of the batch; -1: all other devices
+    fsdp: int = 1  # shards of parameters and optimizer state, each with its share of the batch
+    tensor: int = 1  # shards of heads and of the MLP's hidden layer
+
+    def sizes(self, num_devices: int) -> tuple[int, ...]:
+        """Sizes in the order of `MESH_AXES`, with -1 filled; raises UserError if impossible."""
+        sizes = [getattr(self, axis) for axis in MESH_AXES]
+        given = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        require(
+            all(size == -1 or size >= 1 for size in sizes) and sizes.count(-1) <= 1,
+            f"config.mesh has {given}: each size must be at least 1, and at most one may be -1",
+        )
+        known = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes:
+            sizes[sizes.index(-1)] = num_devices // known
+        require(
+            math.prod(sizes) == num_devices,
+            f"config.mesh has {given}, which does not fill {num_devices} device(s): the product of "
+            "the sizes must equal the number of devices",
+        )
+        return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """The mesh over all devices, with explicit axis types; raises UserError if it cannot be."""
+    return jax.make_mesh(config.sizes(jax.device_count()), MESH_AXES)
+
+
+def spec(*axes: str | None) -> PartitionSpec | None:
+    """PartitionSpec of an array with these logical axes, or None when no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
+    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+
+
+def replicate(x: jax.Array) -> jax.Array:
+    """A copy of x on every device of the mesh; x itself when no mesh is set."""
+    replicated = spec(*(None,) * x.ndim)
+    return x if replicated is None else jax.sharding.reshard(x, replicated)

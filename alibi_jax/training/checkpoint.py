@@ -1,0 +1,141 @@
+"""Checkpoints of a run, through Orbax; the only file that knows it.
+
+A checkpoint holds the whole state, the position in the data and the config. Orbax writes it under a
+temporary name and renames it, so that a directory named by a step is always whole; should one be
+damaged later, the newest readable one is used instead.
+"""
+
+import contextlib
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from orbax.checkpoint import v1 as ocp
+
+from alibi_jax.errors import UserError
+from alibi_jax.training.state import TrainState
+from alibi_jax.training.workdir import checkpoint_steps
+
+_STATE = "state"
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held, and the newer ones that could not be read."""
+
+    step: int
+    state: TrainState
+    position: dict[str, Any]  # of the data iterator
+    unreadable: dict[Path, str]  # where newer, damaged checkpoints were moved, and what was wrong
+
+
+class Checkpointer:
+    """Writes checkpoints `DIR/STEP` in the background and keeps the newest few."""
+
+    def __init__(self, directory: Path, keep: int, config: dict[str, Any] | None = None):
+        """Makes the directory; `config` is kept in every checkpoint, to tell what it is of."""
+        _quiet()
+        self._directory, self._config = directory, config
+        with self._writing():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._orbax = ocp.training.Checkpointer(
+                directory.absolute(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=True,
+            )
+        self._pending: ocp.AsyncResponse[bool] | None = None
+
+    @property
+    def latest(self) -> Path | None:
+        """The newest finished checkpoint."""
+        self.wait()
+        latest = self._orbax.latest
+        return None if latest is None else self._directory / str(latest.step)
+
+    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+        """Starts to save; arrays are copied before it returns. Does nothing if step is saved."""
+        latest = self._orbax.latest
+        if latest is not None and latest.step == step:
+            return
+        about = {"position": position, "config": self._config}
+        with self._writing():
+            self._pending = self._orbax.save_checkpointables_async(
+                step, {_STATE: state}, force=True, custom_metadata=about
+            )
+
+    def wait(self) -> None:
+        """Returns once nothing is being written."""
+        if self._pending is not None:
+            with self._writing():
+                self._pending.result()
+            self._pending = None
+
+    def close(self) -> None:
+        """Waits, then frees what the checkpointer holds."""
+        self.wait()
+        self._orbax.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
+            raise UserError(
+                f"cannot write a checkpoint in {self._directory} ({_reason(error)}): free some "
+                "space or choose another --workdir"
+            ) from error
+
+
+def restore(directory: Path, abstract: TrainState) -> Restored | None:
+    """Reads the newest checkpoint that can be read, with the shardings of `abstract`.
+
+    Damaged ones are moved out of the way, next to the directory.
+
+    Returns:
+      None if there is no checkpoint.
+
+    Raises:
+      UserError: there are checkpoints, and none can be read.
+    """
+    _quiet()
+    damaged: dict[Path, str] = {}
+    for step in checkpoint_steps(directory):
+        path = directory / str(step)
+        try:
+            # The two calls together read everything that resuming needs.
+            metadata = ocp.metadata(path.absolute()).custom_metadata
+            state = ocp.load_checkpointables(path.absolute(), {_STATE: abstract})[_STATE]
+            position = metadata["position"]
+        except (PermissionError, MemoryError) as error:  # not damaged: must not be moved
+            raise UserError(f"cannot read checkpoint {path} ({_reason(error)})") from error
+        except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged one
+            if "RESOURCE_EXHAUSTED" in str(error):
+                raise
+            damaged[path] = _reason(error)
+            continue
+        moved = {_set_aside(path): reason for path, reason in damaged.items()}
+        return Restored(step, state, position, moved)
+    if damaged:
+        raise UserError(
+            f"none of the {len(damaged)} checkpoint(s) in {directory} can be read "
+            f"({next(iter(damaged.values()))}); start again in another --workdir"
+        )
+    return None
+
+
+def _quiet() -> None:
+    """Orbax logs every save, and the traceback of every error that it raises as well."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+
+def _reason(error: BaseException) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def _set_aside(path: Path) -> Path:
+    """Moves a damaged checkpoint out of the directory, to a name that is free."""
+    name = path.parent.parent / f"unreadable-{path.name}"
+    others = (name.with_name(f"{name.name}-{number}") for number in itertools.count(2))
+    return path.rename(next(new for new in itertools.chain([name], others) if not new.exists()))

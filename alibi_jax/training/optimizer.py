@@ -1,0 +1,48 @@
+"""AdamW with a schedule, clipping, and weight decay where it belongs."""
+
+import jax
+import optax
+
+from alibi_jax.config import OptimizerConfig
+
+NOT_DECAYED = ("bias", "scale")  # parameters of norms, and biases
+
+
+def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then the configured schedule to the last step."""
+    peak, end = config.learning_rate, config.learning_rate * config.final_fraction
+    rest = max(num_steps - config.warmup_steps, 1)
+    after = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
+        "linear": optax.linear_schedule(peak, end, rest),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def decay_mask(params):
+    """True for each parameter that weight decay applies to: matrices, not norms and biases.
+
+    By name: parameters of stacked layers have an extra axis, so their rank says nothing.
+    """
+
+    def decayed(path, _) -> bool:
+        return not any(getattr(key, "key", None) in NOT_DECAYED for key in path)
+
+    return jax.tree.map_with_path(decayed, params)
+
+
+def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(
+            learning_rate_schedule(config, num_steps),
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            mask=decay_mask,
+        ),
+    )

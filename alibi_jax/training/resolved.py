@@ -1,0 +1,50 @@
+"""What a run resolved to, for a person to read before step 0."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+
+from alibi_jax.config import Config
+from alibi_jax.data import Corpus
+from alibi_jax.training.loop import Program
+
+
+def resolved(config: Config, corpus: Corpus, mesh: Mesh, program: Program) -> str:
+    """Lines that say what was chosen and what it costs; bytes are those on one device."""
+    batch, length = config.data.batch_size, config.data.sequence_length
+    parts = config.training.gradient_accumulation
+    per_device = batch // (mesh.shape["data"] * mesh.shape["fsdp"] * parts)
+    splits = ", ".join(
+        f"{name} {split.num_bytes / 1e6:.1f} MB in {split.num_documents}"
+        for name, split in (("train", corpus.train), ("valid", corpus.valid), ("test", corpus.test))
+    )
+    microbatches = f" in {parts} microbatches" if parts > 1 else ""
+    device = jax.devices()[0]
+    params, optimizer = program.state.params, program.state.opt_state
+    count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    rows = {
+        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+        "mesh": ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
+        "data": f"{config.data.source}: {splits} documents; {corpus.tokenizer.vocab_size} tokens",
+        "batch": f"{batch} sequences × {length} tokens{microbatches}; {per_device} a device",
+        "position": config.model.position,
+        "parameters": f"{count:,}: {_bytes(params)}",
+        "optimizer": _bytes(optimizer),
+        "step": f"{_size(program.temporary_bytes)} of temporaries; compiled in "
+        f"{program.compile_seconds:.1f} s",
+    }
+    return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
+
+
+def _bytes(tree: Any) -> str:
+    def local(leaf: jax.ShapeDtypeStruct) -> int:
+        assert isinstance(leaf.sharding, NamedSharding)
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return _size(sum(map(local, jax.tree.leaves(tree))))
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:,.2f} GB"

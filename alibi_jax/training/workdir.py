@@ -1,0 +1,157 @@
+"""The working directory of a run: who it belongs to, and what may change when it is resumed."""
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from alibi_jax.config import Config
+from alibi_jax.errors import UserError, require
+from alibi_jax.files import write_text
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+LOCK = ".lock"
+
+# What may differ when a run is resumed: nothing here changes what was trained so far.
+RESUMABLE = (
+    "model.scan_layers",
+    "model.remat",
+    "data.cache_dir",
+    "training.num_steps",
+    "training.log_every",
+    "training.validate_every",
+    "training.validation_batches",
+    "training.checkpoint_every",
+    "training.keep_checkpoints",
+    "evaluation.",
+    "mesh.",
+)
+
+
+def claim(workdir: Path, config: Config, stream: dict[str, Any]) -> None:
+    """Makes `workdir` if need be and writes its config, or checks that it holds this very run.
+
+    Args:
+      workdir: the directory.
+      config: the run's config.
+      stream: what identifies the stream of batches.
+
+    Raises:
+      UserError: it is not a directory, cannot be written, or holds another run.
+    """
+    path = workdir / CONFIG
+    record = {"config": config.to_dict(), "stream": stream}
+    check_usable(workdir)
+    with writing(workdir):
+        there = _read(path) if path.exists() else None
+        newest = max(checkpoint_steps(workdir / CHECKPOINTS), default=None)
+        if newest is not None:  # until then nothing would be lost by another config
+            if there is not None:
+                _check_same_run(workdir, there, json.loads(json.dumps(record)))
+            require(
+                path.exists(),
+                f"--workdir={workdir} holds checkpoints without the {CONFIG} that says what they "
+                "are of: choose another directory, or bring that file back",
+            )
+            require(
+                newest <= config.training.num_steps,
+                f"--workdir={workdir} holds a run at step {newest}, beyond "
+                f"config.training.num_steps={config.training.num_steps}: give at least {newest}, "
+                "or choose another directory",
+            )
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def check_usable(workdir: Path) -> None:
+    """Raises UserError if no run can live in `workdir`, before anything is done for one."""
+    with writing(workdir):
+        require(
+            not workdir.exists() or workdir.is_dir(),
+            f"--workdir={workdir} is a file: give a directory, new or of a run to resume",
+        )
+        parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+        require(
+            parent.is_dir() and os.access(parent, os.W_OK),
+            f"--workdir={workdir} cannot be written in {parent}: choose another directory",
+        )
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Steps of the checkpoints in a directory, newest first; readable or not."""
+    names = (path.name for path in directory.glob("*"))
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+@contextlib.contextmanager
+def writing(workdir: Path) -> Iterator[None]:
+    """Turns what the operating system refuses into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or workdir
+        raise UserError(
+            f"--workdir={workdir}: cannot write {path} ({error.strerror or error}): free some "
+            "space or choose another directory"
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(workdir: Path) -> Iterator[None]:
+    """Makes `workdir` and keeps other processes out; the system frees it if this one dies."""
+    with contextlib.ExitStack() as stack:
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((workdir / LOCK).open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"--workdir={workdir} is in use by another process: wait for it, or choose "
+                    "another directory"
+                ) from error
+        yield
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A record that `claim` wrote; raises UserError for anything else."""
+    try:
+        record = json.loads(path.read_text())
+        if record["config"].keys() and record["stream"].keys():
+            return record
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    raise UserError(
+        f"--workdir={path.parent}: {CONFIG} there is damaged or not of this program: choose "
+        "another directory"
+    )
+
+
+def _check_same_run(workdir: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    before, after = _flat(there["config"]), _flat(now["config"])
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name) and not name.startswith(RESUMABLE):
+            raise UserError(
+                f"--workdir={workdir} holds a run with config.{name}={before.get(name)}, this one "
+                f"has {after.get(name)}: choose another directory, or the same value to resume"
+            )
+    for name, value in now["stream"].items():
+        if there["stream"].get(name) != value:
+            raise UserError(
+                f"--workdir={workdir} holds a run on other data ({name} differs): choose another "
+                "directory, or bring back the data it was trained on to resume"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,81 @@
+"""Text comes back from tokens, in whatever pieces it was encoded."""
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from alibi_jax.data import documents
+from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file, train_bpe
+
+TEXT = "The quick brown fox jumps over the lazy dog.\nZwölf Boxkämpfer jagen Viktor.\n" * 50
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    train_bpe(iter([TEXT]), 300, path)
+    return load_tokenizer_file(path)
+
+
+@given(st.text())
+def test_bytes_round_trip(text):
+    tokenizer = ByteTokenizer()
+    (ids,) = tokenizer.encode_batch([text])
+    assert bytes(ids) == text.encode()
+    assert tokenizer.decode([tokenizer.separator, *ids, tokenizer.separator]) == text
+
+
+@given(st.text())
+def test_bpe_round_trip(bpe, text):
+    (ids,) = bpe.encode_batch([text])
+    assert bpe.decode(ids) == text
+    assert bpe.separator not in ids
+
+
+def test_bpe_learns_and_has_the_size_asked_for(bpe):
+    (ids,) = bpe.encode_batch([TEXT])
+    assert bpe.vocab_size == 300
+    assert len(ids) < len(TEXT.encode()) / 1.2
+
+
+def test_a_separator_written_in_a_text_is_text(bpe):
+    (ids,) = bpe.encode_batch(["a<|endoftext|>b"])
+    assert bpe.separator not in ids
+    assert bpe.decode(ids) == "a<|endoftext|>b"
+
+
+@given(st.text(alphabet="ab \n.,1é", max_size=80))
+def test_pieces_have_the_tokens_of_the_whole(bpe, text):
+    given_length, documents.PIECE_LENGTH = documents.PIECE_LENGTH, 20
+    try:
+        pieces = list(documents.bounded_pieces([text]))
+    finally:
+        documents.PIECE_LENGTH = given_length
+    if all(piece.startswith(" ") for piece in pieces[1:]):  # else there was no place to cut at
+        np.testing.assert_array_equal(
+            np.concatenate([[], *bpe.encode_batch(pieces)]), bpe.encode_batch([text])[0]
+        )
+
+
+def test_training_is_deterministic(bpe, tmp_path):
+    train_bpe(iter([TEXT]), 300, tmp_path / "again.json")
+    assert load_tokenizer_file(tmp_path / "again.json").fingerprint == bpe.fingerprint
+
+
+def test_a_foreign_tokenizer_adds_nothing(tmp_path):
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"[UNK]": 0, "a": 1, "b": 2, "</s>": 9}, unk_token="[UNK]")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 9)]
+    )
+    tokenizer.enable_padding(length=8)
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer_file(tmp_path / "tokenizer.json")
+    assert loaded.encode_batch(["a b a b"])[0].tolist() == [1, 2, 1, 2]
+    assert (loaded.separator, loaded.vocab_size) == (9, 10)

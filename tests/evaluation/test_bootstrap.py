@@ -1,0 +1,78 @@
+"""Intervals cover what they should, no more and no less."""
+
+import numpy as np
+import pytest
+
+from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
+
+
+def test_document_sums_add_the_windows_of_a_document():
+    sums = document_sums(np.array([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), np.array([7, 2, 7]))
+    np.testing.assert_array_equal(sums, [7, 14])
+
+
+def test_resamples_draw_as_many_documents_as_there_are():
+    counts = resamples(5, 300)
+    assert counts.shape == (300, 5)
+    np.testing.assert_array_equal(counts.sum(axis=1), 5)
+    np.testing.assert_array_equal(counts, resamples(5, 300))
+
+
+def test_interval_equals_a_plain_loop_over_drawn_documents():
+    rng = np.random.default_rng(0)
+    losses, tokens = rng.gamma(3, size=6), rng.integers(1, 9, 6).astype(np.float64)
+    counts = resamples(6, 200)
+    ratios = []
+    for row in counts:
+        drawn = np.repeat(np.arange(6), row)
+        ratios.append(losses[drawn].sum() / tokens[drawn].sum())
+    np.testing.assert_allclose(
+        interval(losses, tokens, counts), np.percentile(ratios, [2.5, 97.5]), rtol=1e-12
+    )
+
+
+def simulate(rng, num_documents=30):
+    """Nats at two lengths: documents differ by 0.3, windows by 0.1; the change is 0.02 on average.
+
+    Documents have 1 to 4 windows whatever their loss, so the truth of a ratio is the plain mean.
+    """
+    document = np.repeat(np.arange(num_documents), rng.integers(1, 5, num_documents))
+    level = 2 + rng.normal(0, 0.3, num_documents)[document] + rng.normal(0, 0.1, len(document))
+    change = 0.02 + rng.normal(0, 0.01, num_documents)[document]
+    return level[:, None], change[:, None], document
+
+
+def test_intervals_cover_the_truth_and_pairs_are_tighter():
+    rng = np.random.default_rng(1)
+    level_hits = change_hits = naive_hits = 0
+    for _ in range(200):
+        level, change, document = simulate(rng)
+        tokens = document_sums(np.ones_like(level), document)
+        counts = resamples(30, 400)
+        low, high = interval(document_sums(level, document), tokens, counts)
+        change_low, change_high = interval(document_sums(change, document), tokens, counts)
+        level_hits += low <= 2 <= high
+        change_hits += change_low <= 0.02 <= change_high
+        assert change_high - change_low < (high - low) / 10
+        # Resampling windows as though they were independent is the mistake to avoid.
+        windows = np.arange(len(document))
+        low, high = interval(
+            document_sums(level, windows),
+            document_sums(np.ones_like(level), windows),
+            resamples(len(windows), 400),
+        )
+        naive_hits += low <= 2 <= high
+    assert 176 <= level_hits <= 198
+    assert 176 <= change_hits <= 198
+    assert naive_hits < level_hits - 10
+
+
+def test_one_document_has_no_interval():
+    assert interval(np.array([1.0]), np.array([2.0]), resamples(1, 100)) is None
+
+
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_totals_that_are_not_finite_have_no_interval(bad):
+    counts = resamples(3, 100)
+    assert interval(np.array([1.0, bad, 1.0]), np.ones(3), counts) is None
+    assert interval(np.ones(3), np.zeros(3), counts) is None

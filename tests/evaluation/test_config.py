@@ -1,0 +1,34 @@
+"""A wrong evaluation is refused before anything is trained."""
+
+import pytest
+
+from alibi_jax.errors import UserError
+from alibi_jax.evaluation import EvaluationConfig
+
+
+def test_defaults_are_valid_at_128_tokens():
+    EvaluationConfig().validate(128)
+    assert EvaluationConfig().lengths(128) == (128, 256, 512, 1024, 2048, 4096)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"multiples": ()}, "must start with 1"),
+        ({"multiples": (2, 4)}, "must start with 1"),
+        ({"multiples": (0, 1)}, "must start with 1"),
+        ({"multiples": (1, 1)}, "1 after 1"),
+        ({"multiples": (1, 4, 2)}, "2 after 4"),
+        ({"multiples": (1, 2, 5)}, "5 after 2"),
+        ({"multiples": (1, -2)}, "-2 after 1"),
+        ({"num_windows": 0}, "num_windows=0"),
+        ({"num_targets": 0}, "num_targets=0"),
+        ({"num_targets": 129}, "training length, 128"),
+        ({"tokens_per_batch": 4095}, "one window of 4096"),
+        ({"num_bootstrap": 99}, "at least 100"),
+    ],
+)
+def test_bad_configs_say_what_to_change(fields, words):
+    with pytest.raises(UserError, match=words) as error:
+        EvaluationConfig(**fields).validate(128)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,48 @@
+"""The figure is drawn for every kind of result, and only then is Matplotlib imported."""
+
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from alibi_jax.evaluation import Windows, extrapolation_figure, summarize
+
+
+def summary_of(losses, num_documents=4):
+    rng = np.random.default_rng(0)
+    level = rng.gamma(3, size=(8, 64)).astype(np.float32)
+    windows = Windows(np.zeros((8, 65), np.int32), np.arange(8) % num_documents, "document")
+    return summarize(
+        {length: level + change for length, change in losses.items()},
+        windows,
+        train_length=16,
+        num_targets=8,
+        bytes_per_token=1.0,
+        num_bootstrap=100,
+    )
+
+
+@pytest.mark.parametrize(
+    ("losses", "num_documents"),
+    [
+        ({16: 0, 32: -0.001, 64: 0.001}, 4),  # flat
+        ({16: 0, 32: 3, 64: 900}, 4),  # explodes
+        ({16: 0, 32: np.inf, 64: np.nan}, 4),
+        ({16: np.nan, 32: np.nan}, 4),
+        ({16: 0}, 4),  # the training length alone
+        ({16: 0, 32: 0.1}, 1),  # no intervals
+    ],
+)
+def test_every_kind_of_result_can_be_drawn(tmp_path, losses, num_documents):
+    path = tmp_path / "extrapolation.png"
+    extrapolation_figure(summary_of(losses, num_documents), path, title="a title")
+    image = matplotlib.image.imread(path)
+    assert image.shape[:2] == (520, 1380)
+    assert image[..., :3].std() > 0.05  # something is drawn
+
+
+def test_importing_evaluation_leaves_matplotlib_alone():
+    code = "import sys, alibi_jax.evaluation; sys.exit('matplotlib' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

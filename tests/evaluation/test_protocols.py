@@ -1,0 +1,177 @@
+"""Which tokens are scored, with which context, and how often."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from alibi_jax.errors import UserError
+from alibi_jax.evaluation import (
+    Windows,
+    evaluate,
+    longest_windows,
+    supported_lengths,
+    token_losses,
+)
+
+
+@dataclasses.dataclass
+class Split:
+    """Documents whose token is its own index in the stream, so that a window tells its place."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def split_of(*lengths):
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return Split(np.arange(offsets[-1], dtype=np.uint16), offsets)
+
+
+def starts(windows):
+    return windows.tokens[:, 0].tolist()
+
+
+def test_windows_are_runs_of_tokens_inside_one_document():
+    split = split_of(7, 100, 3, 55, 21, 0, 20)
+    windows = longest_windows(split, longest=20, num_windows=100, packing="documents")
+    assert windows.tokens.dtype == np.int32
+    np.testing.assert_array_equal(np.diff(windows.tokens, axis=1), 1)
+    for row, document in zip(windows.tokens, windows.document, strict=True):
+        assert split.offsets[document] <= row[0]
+        assert row[-1] < split.offsets[document + 1]
+    # 99 // 20, 54 // 20 and 20 // 20 windows; 20 tokens hold no window of 20 targets.
+    assert np.unique(windows.document, return_counts=True)[1].tolist() == [4, 2, 1]
+    assert windows.unit == "document"
+
+
+def test_no_target_is_in_two_windows():
+    for packing in ("documents", "stream"):
+        split = split_of(61, 100, 83)
+        windows = longest_windows(split, longest=20, num_windows=100, packing=packing)
+        assert np.unique(windows.tokens[:, 1:]).size == windows.tokens[:, 1:].size
+
+
+@pytest.mark.parametrize("num_windows", [1, 3, 5, 6, 9, 40])
+def test_every_long_document_gives_one_window_before_any_gives_two(num_windows):
+    split = split_of(201, 11, 101, 5, 401, 21)
+    windows = longest_windows(split, longest=10, num_windows=num_windows, packing="documents")
+    assert len(windows.tokens) == num_windows
+    share = np.bincount(windows.document, minlength=6)
+    capacity = np.array([20, 1, 10, 0, 40, 2])
+    assert (share <= capacity).all()
+    # A document below its capacity may be at most one window behind any other.
+    assert (share[share < capacity] >= share.max() - 1)[capacity[share < capacity] > 0].all()
+
+
+def test_windows_are_spread_evenly_over_documents_and_within_one():
+    ten = split_of(*[11] * 10)
+    windows = longest_windows(ten, longest=10, num_windows=5, packing="documents")
+    assert windows.document.tolist() == [1, 3, 5, 7, 9]
+    one = split_of(101)
+    assert starts(longest_windows(one, longest=10, num_windows=1, packing="documents")) == [50]
+    assert starts(longest_windows(one, longest=10, num_windows=2, packing="documents")) == [20, 70]
+
+
+def test_stream_windows_cross_documents_and_are_their_own_units():
+    windows = longest_windows(split_of(*[7] * 10), longest=20, num_windows=9, packing="stream")
+    assert starts(windows) == [0, 20, 40]  # 70 tokens hold 3 windows of 20 targets
+    assert windows.document.tolist() == [0, 1, 2]
+    assert windows.unit == "piece"
+
+
+def test_text_without_a_single_window_is_refused():
+    with pytest.raises(UserError, match="has the 21 tokens"):
+        longest_windows(split_of(20, 19), longest=20, num_windows=4, packing="documents")
+
+
+def test_lengths_need_two_documents():
+    split = split_of(300, 130, 65)
+    lengths, note = supported_lengths(split, (64, 128, 256), "documents")
+    assert lengths == (64, 128)
+    assert note is not None
+    assert "left out: 256 (each needs 2 held-out documents" in note
+    assert supported_lengths(split, (64, 128), "documents") == ((64, 128), None)
+
+
+def test_lengths_in_a_stream_need_two_pieces():
+    lengths, note = supported_lengths(split_of(*[50] * 10), (64, 128, 256), "stream")
+    assert lengths == (64, 128)
+    assert note is not None
+    assert "pieces" in note
+
+
+def test_one_document_alone_is_enough():
+    lengths, note = supported_lengths(split_of(300), (64, 256, 512), "documents")
+    assert lengths == (64, 256)
+    assert note is not None
+    assert "1 held-out document of" in note
+
+
+@pytest.mark.parametrize("packing", ["documents", "stream"])
+def test_text_too_short_for_the_training_length_is_refused(packing):
+    with pytest.raises(UserError, match="needs 65 tokens"):
+        supported_lengths(split_of(64), (64, 128), packing)
+
+
+@pytest.mark.parametrize("length", [4, 8, 24])
+@pytest.mark.parametrize("tokens_per_batch", [24, 50, 1000])
+def test_every_token_is_scored_once_with_its_own_tile_as_context(length, tokens_per_batch):
+    windows = longest_windows(split_of(25, 97, 60), longest=24, num_windows=7, packing="documents")
+    contexts = {}
+
+    def loss_fn(tokens):
+        # The target itself is the loss; the first token that it may see is noted.
+        for row in tokens:
+            contexts.update(dict.fromkeys(row[1:].tolist(), int(row[0])))
+        return tokens[:, 1:].astype(np.float32)
+
+    counts = []
+    losses = token_losses(
+        loss_fn,
+        windows,
+        length,
+        tokens_per_batch=tokens_per_batch,
+        batch_multiple=1,
+        progress=counts.append,
+    )
+    assert losses.dtype == np.float32
+    np.testing.assert_array_equal(losses, windows.tokens[:, 1:])
+    assert sum(counts) == windows.tokens[:, 1:].size
+    for row in windows.tokens:
+        for position, target in enumerate(row[1:].tolist()):
+            assert contexts[target] == row[position - position % length]
+
+
+@pytest.mark.parametrize("batch_multiple", [1, 8])
+def test_each_length_compiles_once_and_bounds_the_batch(batch_multiple):
+    windows = longest_windows(split_of(1000, 900), longest=64, num_windows=5, packing="documents")
+    shapes = []
+
+    @jax.jit
+    def loss_fn(tokens):
+        shapes.append(tokens.shape)  # runs when tracing, once for each compilation
+        return tokens[:, 1:].astype(jnp.float32)
+
+    losses = evaluate(
+        loss_fn, windows, (16, 32, 64), tokens_per_batch=128, batch_multiple=batch_multiple
+    )
+    assert list(losses) == [16, 32, 64]
+    for values in losses.values():
+        np.testing.assert_array_equal(values, windows.tokens[:, 1:])
+    expected = {1: [8, 4, 2], 8: [8, 8, 8]}[batch_multiple]
+    assert shapes == [(rows, n + 1) for rows, n in zip(expected, (16, 32, 64), strict=True)]
+
+
+def test_few_tiles_do_not_make_a_large_batch():
+    windows = Windows(np.zeros((1, 9), np.int32), np.zeros(1, np.int64), "document")
+    shapes = []
+
+    def loss_fn(tokens):
+        shapes.append(tokens.shape)
+        return np.zeros((len(tokens), 4), np.float32)
+
+    evaluate(loss_fn, windows, (4,), tokens_per_batch=10**6)
+    assert shapes == [(2, 5)]

@@ -1,0 +1,270 @@
+"""What is saved comes back bit for bit, on any mesh, and damage costs one checkpoint at most."""
+
+import dataclasses
+import logging
+import shutil
+import warnings
+
+import jax
+import numpy as np
+import pytest
+
+from alibi_jax.config import OptimizerConfig
+from alibi_jax.errors import UserError
+from alibi_jax.training.checkpoint import Checkpointer, restore
+from alibi_jax.training.optimizer import make_optimizer
+from alibi_jax.training.state import abstract_state
+
+# Reading damage leaves coroutines of Orbax and Zarr behind.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+OPTIMIZER = OptimizerConfig(warmup_steps=0)
+POSITION = {"next_index": 5, "nested": {"a": [1, 2]}}
+
+
+@pytest.fixture(autouse=True)
+def quiet():
+    """Orbax's threads and files may be collected in any test: only ours may warn."""
+    level = logging.getLogger("absl").level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        yield
+    logging.getLogger("absl").setLevel(level)
+
+
+def make(model, mesh, seed=0):
+    """A state of random numbers, placed as a run's; without a compilation."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(abstract):
+        if jax.dtypes.issubdtype(abstract.dtype, jax.dtypes.prng_key):
+            return jax.device_put(jax.random.key(seed), abstract.sharding)
+        values = (100 * rng.standard_normal(abstract.shape)).astype(abstract.dtype)
+        return jax.device_put(values, abstract.sharding)
+
+    return jax.tree.map(leaf, make_abstract(model, mesh))
+
+
+def make_abstract(model, mesh):
+    with jax.set_mesh(mesh):
+        return abstract_state(model, make_optimizer(OPTIMIZER, 10), 0, mesh)[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture
+def saved(folder, model, meshes):
+    """Saves states of seeds 1, 2, ... as the checkpoints of steps 10, 20, ..."""
+
+    def save(*steps, keep=10):
+        saver = Checkpointer(folder, keep)
+        for step in steps:
+            saver.save(step, make(model, meshes[8, 1, 1], step // 10), POSITION | {"step": step})
+        saver.close()
+
+    return save
+
+
+def same(to_numpy, state, other):
+    first, second = to_numpy(state), to_numpy(other)
+    assert first.keys() == second.keys()
+    for path, value in first.items():
+        assert value.dtype == second[path].dtype, path
+        np.testing.assert_array_equal(second[path], value, err_msg=path)
+
+
+@pytest.mark.parametrize("target", [(8, 1, 1), (2, 2, 2)])
+def test_round_trip(folder, saved, model, meshes, to_numpy, target):
+    saved(10)
+    abstract = make_abstract(model, meshes[target])
+    restored = restore(folder, abstract)
+    assert (restored.step, restored.unreadable) == (10, {})
+    assert restored.position == POSITION | {"step": 10}
+    same(to_numpy, make(model, meshes[8, 1, 1], 1), restored.state)
+    pairs = zip(jax.tree.leaves(restored.state), jax.tree.leaves(abstract), strict=True)
+    for leaf, promised in pairs:
+        assert leaf.dtype == promised.dtype  # the key's too
+        assert leaf.sharding.is_equivalent_to(promised.sharding, leaf.ndim)
+
+
+def test_nothing_to_restore(folder, model, meshes):
+    abstract = make_abstract(model, meshes[8, 1, 1])
+    assert restore(folder, abstract) is None
+    folder.mkdir()
+    (folder / "notes.txt").write_text("")
+    assert restore(folder, abstract) is None
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_keeps_the_newest(folder, saved, keep):
+    saved(10, 20, 30, 40, keep=keep)
+    assert sorted(int(path.name) for path in folder.iterdir()) == [10, 20, 30, 40][-keep:]
+
+
+def test_saving_a_step_twice_is_once(folder, saved, model, meshes, to_numpy):
+    saved(10)
+    saver = Checkpointer(folder, 2)
+    assert saver.latest == folder / "10"
+    saver.save(10, make(model, meshes[8, 1, 1], 9), POSITION)
+    saver.close()
+    state = restore(folder, make_abstract(model, meshes[8, 1, 1])).state
+    same(to_numpy, make(model, meshes[8, 1, 1], 1), state)
+
+
+def test_latest(folder, model, meshes):
+    saver = Checkpointer(folder, 2)
+    assert saver.latest is None
+    saver.save(3, make(model, meshes[8, 1, 1]), POSITION)
+    assert saver.latest == folder / "3"  # waits for the one being written
+    saver.close()
+
+
+def largest(path):
+    files = (file for file in path.rglob("*") if file.is_file())
+    return max(files, key=lambda file: file.stat().st_size)
+
+
+def truncate(path):
+    file = largest(path)
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size // 2)
+
+
+def truncate_to_nothing(path):
+    for file in path.rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+
+
+def empty(path):
+    shutil.rmtree(path)
+    path.mkdir()
+
+
+def remove(name):
+    return lambda path: (path / name).unlink()
+
+
+def fill_with_zeros(path):
+    file = largest(path)
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+DAMAGE = {
+    "truncated": truncate,
+    "truncated to nothing": truncate_to_nothing,
+    "zeros": fill_with_zeros,
+    "empty": empty,
+    "no metadata": remove("_CHECKPOINT_METADATA"),
+    "no metadata of arrays": remove("state/_METADATA"),
+    "no manifest": remove("state/manifest.ocdbt"),
+    "no state": lambda path: shutil.rmtree(path / "state"),
+    "no arrays": lambda path: shutil.rmtree(path / "state" / "d"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_falls_back(folder, saved, model, meshes, to_numpy, damage):
+    saved(10, 20, 30)
+    damage(folder / "30")
+    restored = restore(folder, make_abstract(model, meshes[8, 1, 1]))
+    assert restored.step == 20 and restored.position["step"] == 20
+    same(to_numpy, make(model, meshes[8, 1, 1], 2), restored.state)
+    assert list(restored.unreadable) == [folder.parent / "unreadable-30"]
+    assert next(iter(restored.unreadable)).is_dir()
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
+
+
+def test_falls_back_over_several_and_again(folder, saved, model, meshes):
+    abstract = make_abstract(model, meshes[8, 1, 1])
+    saved(10, 20, 30)
+    empty(folder / "30")
+    truncate(folder / "20")
+    restored = restore(folder, abstract)
+    assert restored.step == 10
+    assert [path.name for path in restored.unreadable] == ["unreadable-30", "unreadable-20"]
+    # The step comes again and is damaged again: its name is taken.
+    for number in (2, 3):
+        saved(30)
+        truncate(folder / "30")
+        restored = restore(folder, abstract)
+        assert restored.step == 10
+        assert [path.name for path in restored.unreadable] == [f"unreadable-30-{number}"]
+    saved(30)
+    assert restore(folder, abstract).step == 30
+
+
+def test_all_damaged(folder, saved, model, meshes):
+    saved(10, 20)
+    for path in folder.iterdir():
+        empty(path)
+    with pytest.raises(UserError, match=r"none of the 2 checkpoint.* another --workdir"):
+        restore(folder, make_abstract(model, meshes[8, 1, 1]))
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]  # left for a person
+
+
+def test_other_model_is_not_taken(folder, saved, model, meshes):
+    saved(10)
+    wider = dataclasses.replace(model, mlp_dim=128)
+    with pytest.raises(UserError, match="none of the 1 checkpoint"):
+        restore(folder, make_abstract(wider, meshes[8, 1, 1]))
+
+
+def test_leftover_of_a_killed_save(folder, saved, model, meshes):
+    saved(10)
+    leftover = folder / "20.orbax-checkpoint-tmp"
+    shutil.copytree(folder / "10", leftover)
+    (leftover / "commit_success.txt").unlink(missing_ok=True)
+    truncate(leftover)
+    assert restore(folder, make_abstract(model, meshes[8, 1, 1])).step == 10
+    saver = Checkpointer(folder, 2)
+    saver.save(20, make(model, meshes[8, 1, 1], 2), POSITION)
+    saver.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
+    assert restore(folder, make_abstract(model, meshes[8, 1, 1])).step == 20
+
+
+def test_arrays_are_copied_before_training_goes_on(folder, model, meshes, to_numpy):
+    """The next step reuses the memory of the state that is still being written."""
+    mesh = meshes[8, 1, 1]
+    model = dataclasses.replace(model, vocab_size=4096, embed_dim=64)  # 3 MB: writing takes time
+    abstract, state = make_abstract(model, mesh), make(model, mesh)
+    step = jax.jit(
+        lambda state: dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=jax.tree.map(lambda x: 0.5 * x + 1.0, state.params),
+            opt_state=jax.tree.map(lambda x: x + x, state.opt_state),
+        ),
+        donate_argnums=0,
+    )
+    saver, copies = Checkpointer(folder, 5), {}
+    for number in range(1, 4):
+        copies[number], old = to_numpy(state), jax.tree.leaves(state.params)
+        saver.save(number, state, POSITION)
+        for _ in range(3):
+            state = step(state)
+        jax.block_until_ready(state)
+        assert all(leaf.is_deleted() for leaf in old)
+    saver.close()
+    for number in (3, 2, 1):
+        restored = restore(folder, abstract)
+        assert restored.step == number
+        actual = to_numpy(restored.state)
+        for path, value in copies[number].items():
+            np.testing.assert_array_equal(actual[path], value, err_msg=path)
+        shutil.rmtree(folder / str(number))
+
+
+def test_no_folder(folder):
+    folder.write_text("a file")
+    with pytest.raises(
+        UserError, match=r"cannot write a checkpoint in .* exists\): free some space"
+    ):
+        Checkpointer(folder, 2)

@@ -1,0 +1,259 @@
+"""The loop with a step that costs nothing: whatever happens, what is trained is the same."""
+
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from alibi_jax.errors import UserError
+from alibi_jax.training import checkpoint, loop
+from alibi_jax.training.logs import Logs
+from alibi_jax.training.state import TrainState
+
+
+class FakeRun:
+    """A run of 8 steps whose "parameters" are a digest of the batches seen, in order."""
+
+    def __init__(self, config, corpus, folder, mesh):
+        self.config, self.corpus, self.folder, self.mesh = config, corpus, folder, mesh
+        self.folder.mkdir(exist_ok=True)
+        replicated = NamedSharding(mesh, PartitionSpec())
+
+        def init():
+            state = TrainState(jnp.zeros((), jnp.int32), {"w": jnp.zeros(4)}, {}, jax.random.key(0))
+            return jax.device_put(state, replicated)
+
+        @jax.jit
+        def update(state, tokens):
+            sums = jnp.sum(
+                tokens.astype(jnp.float32).reshape(4, -1, out_sharding=PartitionSpec()), 1
+            )
+            w = 0.9 * state.params["w"] + 1e-4 * sums
+            return TrainState(state.step + 1, {"w": w}, {}, state.key)
+
+        def step(state, batch):
+            self.before(int(state.step) + 1)
+            with jax.set_mesh(mesh):
+                state = update(state, jax.sharding.reshard(batch["tokens"], replicated))
+            values = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 128.0}
+            values |= self.metrics.get(int(state.step), {})
+            return state, {name: np.float32(value) for name, value in values.items()}
+
+        self.before, self.metrics = lambda step: None, {}
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), init()
+        )
+        self.program = loop.Program(
+            state=abstract,
+            init=init,
+            step=step,
+            loss_fn=lambda params, tokens, ids: jnp.ones((tokens.shape[0], tokens.shape[1] - 1)),
+            batch_sharding=NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None)),
+            temporary_bytes=0,
+            compile_seconds=0.0,
+        )
+
+    def train(self):
+        """Trains or goes on training; gives the parameters and whether it is complete."""
+        with jax.set_mesh(self.mesh):
+            state, complete = loop.train(self.config, self.corpus, self.program, self.folder)
+        return int(state.step), np.array(state.params["w"]), complete
+
+    @property
+    def saved(self):
+        """Steps that are saved."""
+        folder = self.folder / "checkpoints"
+        return sorted(int(path.name) for path in folder.iterdir()) if folder.exists() else []
+
+    @property
+    def metrics_file(self):
+        """The lines of metrics.jsonl without what time decides."""
+        lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+@pytest.fixture
+def make_run(config, corpus, changed, meshes, tmp_path):
+    def make(name="run", **training):
+        training = {"keep_checkpoints": 10} | training
+        run_config = changed(config, training=training)
+        return FakeRun(run_config, corpus, tmp_path / name, meshes[8, 1, 1])
+
+    return make
+
+
+@pytest.fixture
+def undisturbed(make_run):
+    run = make_run("undisturbed")
+    step, params, complete = run.train()
+    assert (step, complete) == (8, True) and np.abs(params).min() > 0
+    assert run.saved == [2, 4, 6, 8]
+    return params, run.metrics_file
+
+
+def same(run, undisturbed):
+    step, params, complete = run.train()
+    assert (step, complete) == (8, True)
+    np.testing.assert_array_equal(params, undisturbed[0])
+    assert run.metrics_file == undisturbed[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop_at", range(1, 9))
+def test_stopped_in_a_step(make_run, undisturbed, stop_at, number):
+    run = make_run()
+    run.before = lambda step: os.kill(os.getpid(), number) if step == stop_at else None
+    step, _, complete = run.train()
+    assert (step, complete) == (stop_at, False)  # also at the last step: no evaluation follows
+    assert run.saved[-1] == stop_at
+    run.before = lambda step: None
+    same(run, undisturbed)
+
+
+@pytest.mark.parametrize("where", ["validation", "save"])
+def test_stopped_outside_a_step(make_run, undisturbed, monkeypatch, where):
+    """No checkpoint is due at step 4 when the signal comes in its validation."""
+    run = make_run(checkpoint_every=100 if where == "validation" else 4)
+    owner = Logs if where == "validation" else checkpoint.Checkpointer
+    original = getattr(owner, where)
+
+    def stop(self, step, *arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, step, *arguments)
+
+    monkeypatch.setattr(owner, where, stop)
+    step, _, complete = run.train()
+    assert (step, complete, run.saved) == (4, False, [4])
+    monkeypatch.setattr(owner, where, original)
+    same(run, undisturbed)
+
+
+def test_second_signal_ends_at_once(make_run):
+    run = make_run()
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    def before(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run.before = before
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+
+
+@pytest.mark.parametrize("fail_at", [1, 3, 4, 8])
+def test_crash_goes_on_from_the_checkpoint(make_run, undisturbed, fail_at):
+    run = make_run()
+
+    def before(step):
+        if step == fail_at:
+            raise RuntimeError("crash")
+
+    run.before = before
+    with pytest.raises(RuntimeError, match="crash"):
+        run.train()
+    run.before = lambda step: None
+    same(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    "extra", [{"checkpoint_every": 3}, {"keep_checkpoints": 1}, {"num_steps": 5}]
+)
+def test_what_may_change_changes_nothing(make_run, undisturbed, extra):
+    run = make_run(**extra)
+    run.train()
+    run.config = make_run().config
+    same(run, undisturbed)
+
+
+def test_resuming_at_the_end_does_nothing(make_run, undisturbed, capsys):
+    run = make_run()
+    same(run, undisturbed)
+    run.before = lambda step: pytest.fail("a step was taken")
+    same(run, undisturbed)
+    assert "resuming at step 8 of 8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("step", "metrics", "saved"),
+    [
+        (1, {"loss": math.nan}, []),
+        (5, {"loss": math.nan}, [2, 4]),
+        (5, {"loss": -math.inf}, [2, 4]),
+        (5, {"grad_norm": math.inf}, [2, 4]),
+        (4, {"loss": math.nan}, [2]),  # a checkpoint is due: it must not be written
+        (6, {"loss": math.nan}, [2, 4]),  # and without a validation at that step
+        (8, {"grad_norm": math.nan}, [2, 4, 6]),
+    ],
+)
+def test_divergence(make_run, step, metrics, saved):
+    run = make_run()
+    run.metrics[step] = metrics
+    with pytest.raises(loop.Diverged) as caught:
+        run.train()
+    message = str(caught.value)
+    what = "the gradient is not finite" if "grad_norm" in metrics else "loss is"
+    assert what in message and f"at step {step}:" in message and "\n" not in message
+    where = run.folder / "checkpoints" / str(saved[-1]) if saved else None
+    good = f"the last good checkpoint is {where}" if where else "there is no checkpoint yet"
+    assert good in message
+    assert run.saved == saved
+
+
+def test_divergence_when_stopped(make_run):
+    """The signal comes in the very step that diverges, which is reported late."""
+    run = make_run(checkpoint_every=100, validate_every=0)
+    run.metrics[5] = {"loss": math.nan}
+    run.before = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 5 else None
+    with pytest.raises(loop.Diverged, match="at step 5"):
+        run.train()
+    assert run.saved == []
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damaged_checkpoint(make_run, undisturbed, capsys):
+    run = make_run()
+    run.train()
+    for path in (run.folder / "checkpoints" / "8").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    same(run, undisturbed)
+    out = capsys.readouterr().out
+    assert f"a damaged checkpoint is now {run.folder / 'unreadable-8'} (" in out
+    assert "): falling back to step 6" in out
+    assert (run.folder / "unreadable-8").is_dir()
+
+
+def test_no_validation(make_run, corpus, changed):
+    run = make_run(validate_every=0)
+    run.program = run.program._replace(loss_fn=None)
+    assert run.train()[0] == 8
+    assert all("validation_loss" not in line for line in run.metrics_file)
+
+
+def test_data_that_is_too_short(config, corpus, changed):
+    loop.check_data(config, corpus)
+    sizes = {name: len(getattr(corpus, name).tokens) for name in ("train", "valid")}
+    assert sizes["valid"] < sizes["train"]
+    between = changed(config, data={"sequence_length": sizes["valid"]})
+    with pytest.raises(UserError, match=r"^the valid split of 'files:.* at most"):
+        loop.check_data(between, corpus)
+    loop.check_data(changed(between, training={"validate_every": 0}), corpus)
+    with pytest.raises(UserError, match=r"^the train split of 'files:.* at most"):
+        loop.check_data(changed(config, data={"sequence_length": sizes["train"]}), corpus)
+
+
+def test_logs_that_cannot_be_written(make_run):
+    run = make_run()
+    (run.folder / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl .*: free some space"):
+        run.train()

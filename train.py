@@ -1,0 +1,167 @@
+"""Train short, then test long: the main job.
+
+  python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+
+Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes
+on exactly where it was. `--help` with a config lists every field.
+"""
+
+import dataclasses
+import signal
+import sys
+from pathlib import Path
+
+import jax
+
+from alibi_jax import data, evaluation
+from alibi_jax.config import Config, describe, load_config
+from alibi_jax.errors import UserError, require
+from alibi_jax.sharding import make_mesh
+from alibi_jax.training import loop, workdir
+from alibi_jax.training.resolved import resolved
+
+
+def run(config: Config, directory: Path) -> None:
+    """Trains and evaluates; everything that can be wrong is checked before anything is trained."""
+    # Check.
+    config.validate(jax.device_count())
+    workdir.check_usable(directory)
+    corpus = data.load_corpus(config.data)
+    config = with_vocabulary(config, corpus.tokenizer.vocab_size)
+    held_out = getattr(corpus, config.evaluation.split)
+    lengths, note = evaluation.supported_lengths(
+        held_out,
+        config.evaluation.lengths(config.data.sequence_length),
+        config.data.packing,
+    )
+    if note:
+        print(note)
+    loop.check_data(config, corpus)
+    stream = data.stream_identity(
+        fingerprint=corpus.fingerprint,
+        sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size,
+        seed=config.training.seed,
+        packing=config.data.packing,
+    )
+
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh), workdir.locked(directory):
+        workdir.claim(directory, config, stream)
+        # Train short.
+        program = loop.compile_program(config, mesh)
+        print(resolved(config, corpus, mesh, program))
+        state, complete = loop.train(config, corpus, program, directory)
+        if not complete:
+            print(f"stopped at step {state.step}, saved; the same command goes on from there")
+            return
+
+        # Test long.
+        windows = evaluation.longest_windows(
+            held_out,
+            longest=lengths[-1],
+            num_windows=config.evaluation.num_windows,
+            packing=config.data.packing,
+        )
+        losses = evaluation.evaluate(
+            lambda tokens: program.loss_fn(
+                state.params, jax.device_put(tokens, program.batch_sharding)
+            ),
+            windows,
+            lengths,
+            tokens_per_batch=config.evaluation.tokens_per_batch,
+            batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+        )
+
+    # Report.
+    summary = evaluation.summarize(
+        losses,
+        windows,
+        train_length=config.data.sequence_length,
+        num_targets=config.evaluation.num_targets,
+        bytes_per_token=evaluation.bytes_per_token(windows, corpus.tokenizer.decode),
+        num_bootstrap=config.evaluation.num_bootstrap,
+    )
+    summary |= {"config": config.to_dict(), "versions": evaluation.versions()}
+    title = f"{config.model.position}, trained at {config.data.sequence_length} tokens"
+    with workdir.writing(directory):
+        evaluation.write_json(summary, directory / "extrapolation.json")
+        evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
+    print(evaluation.table(summary))
+    print(f"\nfigure {directory / 'extrapolation.png'}, numbers {directory / 'extrapolation.json'}")
+
+
+def with_vocabulary(config: Config, size: int) -> Config:
+    """The config with the tokenizer's vocabulary size, or a larger one that was asked for."""
+    given = config.model.vocab_size
+    require(
+        given is None or given >= size,
+        f"config.model.vocab_size={given} is less than the tokenizer's {size}: leave it out",
+    )
+    model = dataclasses.replace(config.model, vocab_size=given or size)
+    return dataclasses.replace(config, model=model)
+
+
+def parse(arguments: list[str]) -> tuple[Config, Path] | None:
+    """Config and working directory that the command line names; None after printing help."""
+    flags: dict[str, str] = {}
+    words = list(arguments)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        if name in ("--help", "-h"):
+            flags["--help"] = ""
+            continue
+        known = name in ("--config", "--workdir") or name.startswith("--config.")
+        require(
+            known, f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE"
+        )
+        require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
+        flags[name] = value if equals else words.pop(0)
+    if "--help" in flags or not arguments:
+        print(__doc__)
+        if "--config" in flags:
+            print("\n".join(describe(load_config(flags["--config"], {}))))
+        return None
+    for name in ("--config", "--workdir"):
+        require(bool(flags.get(name)), f"{name} is missing: give --config=FILE and --workdir=DIR")
+    config, directory = flags.pop("--config"), flags.pop("--workdir")
+    overrides = {name.removeprefix("--config."): value for name, value in flags.items()}
+    return load_config(config, overrides), Path(directory).expanduser()
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 done, or stopped by a signal with all saved; 1 diverged; 2 bad input.
+
+    130: Ctrl-C or SIGTERM outside the training loop, or a second one.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    try:
+        parsed = parse(arguments)
+        if parsed is not None:
+            run(*parsed)
+    except UserError as error:
+        return fail(2, error)
+    except loop.Diverged as error:
+        return fail(1, error)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return fail(
+            2,
+            "out of memory on the device: in training raise config.training.gradient_accumulation "
+            "or set config.model.remat=true; in the evaluation lower "
+            "config.evaluation.tokens_per_batch or shorten config.evaluation.multiples",
+        )
+    except KeyboardInterrupt:
+        return fail(130, "interrupted; the same command goes on from the last checkpoint")
+    return 0
+
+
+def fail(code: int, message: object) -> int:
+    """Prints one line, whatever the message quotes, and returns the exit code."""
+    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

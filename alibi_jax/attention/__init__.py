@@ -1,14 +1,15 @@
 """`attention`: one function, and the implementations behind it."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from alibi_jax.attention.dense import dense
+from alibi_jax.attention import choice
+from alibi_jax.attention.devices import per_device
 from alibi_jax.bias import check_integer, check_slopes
 from alibi_jax.typing import (
     Attended,
@@ -20,8 +21,6 @@ from alibi_jax.typing import (
     Slopes,
     Value,
 )
-
-IMPLEMENTATIONS: dict[str, Callable[..., Attended]] = {"dense": dense}
 
 
 def attention(
@@ -66,8 +65,12 @@ def attention(
         each packed document an id, and padding another.
       key_segment_ids: integer [B, S]; the same as `segment_ids` if left out, where T == S.
       tolerance: the most probability that an implementation may leave out of a row, a number in
-        [0, 1); 0 leaves out nothing, None lets it choose by the dtype. "dense" leaves out nothing.
-      implementation: "dense", or None for the best that fits.
+        [0, 1). The output moves by at most `2 * tolerance * max|value|` and in practice by far
+        less (`alibi_jax.attention.tiles`). 0 leaves out nothing; None is the dtype's own precision,
+        half of `finfo(dtype).eps`. "dense" always leaves out nothing.
+      implementation: None for the best that fits platform, shapes and dtype, or one of
+        "dense": all logits at once, in O(T S) memory;
+        "blockwise": tile by tile, in O(T + S) memory, on any platform; it leaves out tiles.
 
     Returns:
       [B, T, H, Dv] in the dtype of `query`.
@@ -92,28 +95,42 @@ def attention(
         raise ValueError(f"scale must be a scalar, got the shape {jnp.shape(scale)}")
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be None or at least 0 and below 1, got {tolerance}")
+    if tolerance is None:
+        tolerance = float(jnp.finfo(query.dtype).eps) / 2
+
+    case = choice.Case(
+        choice.platform(),
+        query.dtype,
+        length,
+        key.shape[1],
+        head_dim,
+        value.shape[3],
+        causal,
+        aligned=query_positions is None and key_positions is None,
+        segmented=segment_ids is not None,
+    )
     if implementation is None:
-        implementation = "dense"
-    elif implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation must be None or one of {[*IMPLEMENTATIONS]}, got {implementation!r}"
-        )
+        implementation = choice.choose(case)
+    choice.require_serves(implementation, case)
 
     sizes = batch, length, key.shape[1]
     query_positions, key_positions = _positions(query_positions, key_positions, *sizes)
     segment_ids, key_segment_ids = _segments(segment_ids, key_segment_ids, *sizes)
-    return IMPLEMENTATIONS[implementation](
+    attend = partial(
+        choice.IMPLEMENTATIONS[implementation].attend, causal=causal, tolerance=tolerance
+    )
+    if implementation != "dense":
+        attend = partial(per_device, attend)
+    return attend(
         query,
         key,
         value,
         slopes,
-        causal=causal,
         scale=scale,
         query_positions=query_positions,
         key_positions=key_positions,
         segment_ids=segment_ids,
         key_segment_ids=key_segment_ids,
-        tolerance=tolerance,
     )
 
 

@@ -1,5 +1,6 @@
 """Attention against a naive one in float64, and the properties that ALiBi must have."""
 
+import importlib
 import math
 from functools import partial
 
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from alibi_jax.attention import IMPLEMENTATIONS
 from alibi_jax.attention import attention as attention_op_by_op
+from alibi_jax.attention import choice
 from alibi_jax.bias import slopes
+from tests.attention.naive import close, inputs, naive_attention, naive_weights
 
 # Compiled as a whole, which is how it is used and many times faster than op by op.
 attention = jax.jit(attention_op_by_op, static_argnames=("causal", "tolerance", "implementation"))
@@ -23,56 +25,17 @@ examples = settings(deadline=None, max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def naive_weights(
-    query, key, slopes, causal=True, scale=None, positions=None, segments=None
-) -> np.ndarray:
-    """Weights [B, H, T, S], row by row in float64; positions, segments are (query, key) pairs."""
-    query, key, slopes = (np.asarray(x, np.float64) for x in (query, key, slopes))
-    (batch, length, heads, head_dim), (key_length, key_heads) = query.shape, key.shape[1:3]
-    scale = head_dim**-0.5 if scale is None else scale
-    if positions is None:
-        positions = (np.arange(length) + key_length - length, np.arange(key_length))
-    query_positions, key_positions = (
-        np.broadcast_to(np.asarray(p, np.int64), (batch, np.shape(p)[-1])) for p in positions
-    )
-    weights = np.zeros((batch, heads, length, key_length))
-    for b, h, t in np.ndindex(batch, heads, length):
-        seen = np.ones(key_length, bool)
-        if causal:
-            seen &= key_positions[b] <= query_positions[b, t]
-        if segments is not None:
-            seen &= np.asarray(segments[1])[b] == np.asarray(segments[0])[b, t]
-        content = scale * key[b, :, h // (heads // key_heads)] @ query[b, t, h]
-        logits = (content - slopes[h] * np.abs(query_positions[b, t] - key_positions[b]))[seen]
-        if seen.any():
-            unnormalised = np.exp(logits - logits.max())
-            weights[b, h, t, seen] = unnormalised / unnormalised.sum()
-    return weights
-
-
-def naive_attention(query, key, value, slopes, **kwargs) -> np.ndarray:
-    weights = naive_weights(query, key, slopes, **kwargs)
-    group = weights.shape[1] // value.shape[2]
-    value = np.repeat(np.asarray(value, np.float64), group, axis=2)
-    return np.einsum("bhts,bshd->bthd", weights, value)
-
-
-def inputs(
-    seed=0, *, batch=2, length=6, key_length=None, heads=4, key_heads=None, dim=8, value_dim=None
-):
-    """Query, key, value and slopes. The queries are large, so that a wrong scale shows."""
-    rng = np.random.default_rng(seed)
-    keys = (batch, key_length or length, key_heads or heads)
-    return (
-        jnp.asarray(2 * rng.normal(size=(batch, length, heads, dim)), jnp.float32),
-        jnp.asarray(rng.normal(size=(*keys, dim)), jnp.float32),
-        jnp.asarray(rng.normal(size=(*keys, value_dim or dim)), jnp.float32),
-        jnp.asarray(rng.uniform(0.05, 1.5, heads), jnp.float32),
-    )
-
-
-def close(got, expected, atol=1e-5):
-    np.testing.assert_allclose(got, expected, atol=atol, rtol=1e-5)
+@pytest.fixture(scope="module", params=["dense", "blockwise"], autouse=True)
+def implementation(request):
+    """All of this file holds for each, with tiles so small that short inputs have many."""
+    with pytest.MonkeyPatch.context() as patch:
+        module = importlib.import_module("alibi_jax.attention.blockwise")
+        for name, size in (("QUERY_TILE", 4), ("KEY_TILE", 2), ("STEP", 4)):
+            patch.setattr(module, name, size)
+        patch.setattr(choice, "choose", lambda case: request.param)
+        jax.clear_caches()
+        yield request.param
+    jax.clear_caches()
 
 
 @partial(jax.jit, static_argnames="causal")
@@ -365,7 +328,7 @@ def test_explicit_sharding_needs_no_annotation(key_heads, segmented):
 # Choosing and bad inputs
 
 
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", [None, "dense", "blockwise"])
 @pytest.mark.parametrize("tolerance", [None, 0, 0.5])
 def test_every_implementation_meets_its_tolerance(implementation, tolerance):
     args = inputs(length=9, key_heads=2)
@@ -412,7 +375,7 @@ def test_the_good_shapes_of_the_table_below_pass():
         ({"tolerance": 1.0}, ValueError, "got 1.0"),
         ({"tolerance": -0.1}, ValueError, "got -0.1"),
         ({"tolerance": math.nan}, ValueError, "got nan"),
-        ({"implementation": "flash"}, ValueError, "['dense'], got 'flash'"),
+        ({"implementation": "flash"}, ValueError, "'blockwise'], got 'flash'"),
         (
             {"query_positions": np.zeros(3)},
             TypeError,

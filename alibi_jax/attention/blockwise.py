@@ -1,0 +1,286 @@
+"""Blockwise attention: exact, in memory that grows with length, and only the tiles that matter.
+
+The forward pass is the online softmax (Milakov and Gimelshein, arXiv:1805.02867; Rabe and Staats,
+arXiv:2112.05682); the backward pass computes each tile again from the row's log-sum-exp (Dao et
+al., arXiv:2205.14135, algorithm 4). `alibi_jax.attention.tiles` says which tiles, and proves it.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Int
+
+from alibi_jax.attention.tiles import key_ranges
+from alibi_jax.bias import distance_bias, float_dtype
+from alibi_jax.typing import (
+    Attended,
+    Key,
+    KeyPositions,
+    Query,
+    QueryPositions,
+    SegmentIds,
+    Slopes,
+    Value,
+)
+
+# Queries and keys a tile; keys a step where that many are left. Small tiles make the rule tight,
+# but it takes some 10^7 multiplications in a product until XLA's CPU backend uses a second core.
+QUERY_TILE, KEY_TILE, STEP = 512, 256, 1024
+
+
+class Tokens(NamedTuple):
+    """Where the tokens stand: positions [1 or B, length], segment ids [B, length] or None."""
+
+    query_positions: Int[Array, "#B T"]
+    key_positions: Int[Array, "#B S"]
+    segment_ids: Int[Array, "B T"] | None
+    key_segment_ids: Int[Array, "B S"] | None
+
+
+class Plan(NamedTuple):
+    """What is static: the kind of mask, the number of keys without padding, the sizes of tiles."""
+
+    causal: bool
+    key_length: int
+    query_tile: int
+    key_tile: int
+
+
+def blockwise(
+    query: Query,
+    key: Key,
+    value: Value,
+    slopes: Slopes,
+    *,
+    causal: bool,
+    scale: float | Array,
+    query_positions: QueryPositions,
+    key_positions: KeyPositions,
+    segment_ids: SegmentIds | None,
+    key_segment_ids: SegmentIds | None,
+    tolerance: float,
+) -> Attended:
+    """Compute `alibi_jax.attention`; the arguments are as that function checks and fills them.
+
+    All arithmetic is float32 (float64 for float64 inputs): 16-bit tiles are widened first.
+    """
+    length, key_length = query.shape[1], key.shape[1]
+    tile, key_tile = min(QUERY_TILE, length), min(KEY_TILE, key_length)
+    dtype = float_dtype(query.dtype)
+    slopes, scale = slopes.astype(dtype), jnp.asarray(scale, dtype)
+    tokens = Tokens(
+        jnp.asarray(query_positions), jnp.asarray(key_positions), segment_ids, key_segment_ids
+    )
+    ranges = key_ranges(
+        *jax.lax.stop_gradient((query, key, slopes, scale)),
+        causal=causal,
+        **tokens._asdict(),
+        tolerance=tolerance,
+        query_tile=tile,
+        key_tile=key_tile,
+    )
+    output = _attend(
+        Plan(causal, key_length, tile, key_tile),
+        _pad(query, tile),
+        _pad(key, key_tile),
+        _pad(value, key_tile),
+        slopes,
+        scale,
+        Tokens(*map(_pad, tokens, (tile, key_tile, tile, key_tile))),
+        ranges,
+    )
+    return output[:, :length]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, query, key, value, slopes, scale, tokens, ranges):
+    """Return [B, T, H, Dv]; queries and keys are padded to whole tiles."""
+    return _forward(plan, query, key, value, slopes, scale, tokens, ranges)[0]
+
+
+def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
+    """Return the output, and each tile's log-sum-exp [B * H * nT, t]: +inf for keyless rows."""
+    group = query.shape[2] // key.shape[2]
+    dtype = slopes.dtype
+
+    def one_tile(output: Array, at: tuple[Array, ...]) -> tuple[Array, Array]:
+        b, h, i, first, end = at
+        rows = i * plan.query_tile, plan.query_tile
+        q = _tile(query, b, *rows, h).astype(dtype) * scale
+
+        def step(start: Array, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
+            largest, total, mixed = carry
+            k, v = (_tile(x, b, start, size, h // group).astype(dtype) for x in (key, value))
+            bias, _ = _tile_bias(plan, slopes[h], tokens, b, rows, (start, size), query_axis=0)
+            logits = _dot(q, k, 1, 1) + bias
+            new = jnp.maximum(largest, logits.max(axis=1))
+            # A row that has seen no key yet must not subtract -inf from -inf.
+            shift = jnp.where(new == -jnp.inf, 0.0, new)
+            weights = jnp.exp(logits - shift[:, None])
+            keep = jnp.exp(largest - shift)
+            return new, total * keep + weights.sum(axis=1), mixed * keep[:, None] + weights @ v
+
+        zeros = jnp.zeros(plan.query_tile, dtype)
+        carry = zeros - jnp.inf, zeros, jnp.zeros((plan.query_tile, value.shape[-1]), dtype)
+        largest, total, mixed = _over_keys(plan, first, end, step, carry)
+        seen = total > 0
+        total = jnp.where(seen, total, 1.0)
+        mixed = (mixed / total[:, None]).astype(output.dtype)
+        lse = jnp.where(seen, largest + jnp.log(total), jnp.inf)
+        return _update(output, b, rows[0], h, mixed), lse
+
+    output = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
+    return jax.lax.scan(one_tile, output, _tiles(ranges))
+
+
+def _attend_forward(plan, query, key, value, slopes, scale, tokens, ranges):
+    of_slopes = slopes.perturbed
+    inputs = (query, key, value, slopes, scale, tokens, ranges)
+    inputs = jax.tree.map(lambda x: x.value, inputs, is_leaf=lambda x: hasattr(x, "perturbed"))
+    output, lse = _forward(plan, *inputs)
+    # A tuple or None, since what is kept may hold no Python values but the structure.
+    return output, (inputs, output, lse, () if of_slopes else None)
+
+
+def _attend_backward(plan, kept, cotangent):
+    (query, key, value, slopes, scale, tokens, ranges), output, lse, of_slopes = kept
+    if isinstance(cotangent, SymbolicZero):
+        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+    group = query.shape[2] // key.shape[2]
+    dtype = slopes.dtype
+
+    def one_tile(grads, at):
+        (b, h, i, first, end), row_lse = at
+        rows = i * plan.query_tile, plan.query_tile
+        q, out, dout = (_tile(x, b, *rows, h).astype(dtype) for x in (query, output, cotangent))
+        # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
+        mean = jnp.sum(out * dout, axis=1)
+        scaled = q * scale
+
+        # Keys lie along axis 0 here: then all products but the last multiply row-major matrices.
+        def step(start, size, carry):
+            dq, dslope, dkey, dvalue = carry
+            k, v = (_tile(x, b, start, size, h // group).astype(dtype) for x in (key, value))
+            bias, distance = _tile_bias(
+                plan, slopes[h], tokens, b, rows, (start, size), query_axis=1
+            )
+            weights = jnp.exp(_dot(k, scaled, 1, 1) + bias - row_lse[None, :])
+            dlogits = weights * (_dot(v, dout, 1, 1) - mean[None, :])
+            dkey = _update(dkey, b, start, h // group, dlogits @ scaled, add=True)
+            dvalue = _update(dvalue, b, start, h // group, weights @ dout, add=True)
+            if of_slopes is not None:
+                dslope -= jnp.sum(dlogits * jnp.abs(distance).astype(dtype))
+            return dq + _dot(k, dlogits, 0, 0), dslope, dkey, dvalue
+
+        dquery, dscale, dkey, dvalue = grads
+        carry = jnp.zeros_like(q.T), jnp.zeros((), dtype), dkey, dvalue
+        dq, dslope, dkey, dvalue = _over_keys(plan, first, end, step, carry)
+        dscale += jnp.sum(dq * q.T)
+        dquery = _update(dquery, b, rows[0], h, (dq.T * scale).astype(dquery.dtype))
+        return (dquery, dscale, dkey, dvalue), dslope
+
+    zeros = (
+        jnp.zeros_like(query),
+        jnp.zeros((), dtype),
+        jnp.zeros(key.shape, dtype),
+        jnp.zeros(value.shape, dtype),
+    )
+    (dquery, dscale, dkey, dvalue), dslope = jax.lax.scan(one_tile, zeros, (_tiles(ranges), lse))
+    batch, _, heads, _ = query.shape
+    dslopes = dslope.reshape(batch, heads, -1).sum(axis=(0, 2))
+    dkey, dvalue = dkey.astype(key.dtype), dvalue.astype(value.dtype)
+    return dquery, dkey, dvalue, dslopes, dscale, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _over_keys(
+    plan: Plan, first: Array, end: Array, step: Callable[..., Any], carry: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """Run `step(start, size, carry)` over tiles first to end, STEP keys at a time where it can."""
+    tiles = -(-plan.key_length // plan.key_tile)
+    size, tiles = plan.key_tile, -(-plan.key_length // plan.key_tile)
+    many = max(min(STEP // size, tiles), 1)
+    middle = first + (end - first) % many
+    if many > 1:
+        carry = jax.lax.fori_loop(first, middle, lambda j, c: step(j * size, size, c), carry)
+    return jax.lax.fori_loop(
+        0,
+        (end - middle) // many,
+        lambda j, c: step((middle + j * many) * size, many * size, c),
+        carry,
+    )
+
+
+def _tile_bias(
+    plan: Plan,
+    slope: Array,
+    tokens: Tokens,
+    b: Array,
+    rows: tuple[Array, int],
+    columns: tuple[Array, int],
+    *,
+    query_axis: int,
+) -> tuple[Array, Array]:
+    """Return bias, -inf where masked, and distance: [t, s], or [s, t] if `query_axis` is 1.
+
+    `rows` and `columns` say where the tile starts, and its size.
+    """
+
+    def both(of_query: Any, of_key: Any) -> tuple[Array, Array]:
+        q, k = _tile(of_query, b, *rows), _tile(of_key, b, *columns)
+        return jnp.expand_dims(q, 1 - query_axis), jnp.expand_dims(k, query_axis)
+
+    position, key_position = both(tokens.query_positions, tokens.key_positions)
+    distance = position - key_position
+    bias = distance_bias(slope[None], distance, kind="causal" if plan.causal else "symmetric")[0]
+    if tokens.segment_ids is not None:
+        segment, key_segment = both(tokens.segment_ids, tokens.key_segment_ids)
+        bias = jnp.where(segment == key_segment, bias, -jnp.inf)
+    if plan.key_length % plan.key_tile:
+        exists = columns[0] + jnp.arange(columns[1]) < plan.key_length
+        bias = jnp.where(jnp.expand_dims(exists, query_axis), bias, -jnp.inf)
+    return bias, distance
+
+
+def _tiles(ranges: tuple[Array, Array]) -> tuple[Array, ...]:
+    """Return batch, head, query tile, first and end of each tile of queries, all [B * H * nT]."""
+    indices = jnp.indices(ranges[0].shape, dtype=jnp.int32)
+    return tuple(x.reshape(-1) for x in (*indices, *ranges))
+
+
+def _pad(x: Any, tile: int) -> Any:
+    """Return [B, L, ...] with L filled up to whole tiles; None stays None."""
+    if x is None:
+        return None
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _tile(x: Array, b: Array, start: Array, size: int, head: Array | None = None) -> Array:
+    """Return x[b, start : start + size] of [B, L], or also [head] of [B, L, H, D]."""
+    if head is None:
+        # Positions may have one row for all batches: an index past the end means the last.
+        return jax.lax.dynamic_slice(x, (b, start), (1, size))[0]
+    zero = jnp.zeros((), jnp.int32)
+    tile = jax.lax.dynamic_slice(x, (b, start, head, zero), (1, size, 1, x.shape[3]))
+    return tile.reshape(size, x.shape[3])
+
+
+def _update(
+    x: Array, b: Array, start: Array, head: Array, tile: Array, *, add: bool = False
+) -> Array:
+    """Return x [B, L, H, D] with the tile [size, D] written, or added, where `_tile` reads it."""
+    if add:
+        tile += _tile(x, b, start, len(tile), head)
+    zero = jnp.zeros((), jnp.int32)
+    return jax.lax.dynamic_update_slice(x, tile[None, :, None], (b, start, head, zero))
+
+
+def _dot(a: Array, b: Array, axis: int, other_axis: int) -> Array:
+    return jax.lax.dot_general(a, b, (((axis,), (other_axis,)), ((), ())))

@@ -1,0 +1,185 @@
+"""Which tiles of keys can matter: the rule that stops the cost of attention growing with length.
+
+Queries and keys are cut into tiles. `key_ranges` gives, for each head and query tile, the range of
+key tiles to compute. What is outside takes at most `tolerance` of the probability of any row.
+
+Proof. Take a head with slope m and write `x_ij = q_i.k_j - m * d_ij` for the logit of query i, the
+scale included in it, at key j, and `lse_i = log sum_j e^x_ij` over the keys that i sees. A set X of
+keys has the probability `sum_{j in X} e^x_ij / e^lse_i`.
+
+1. Centring. Replacing every key k_j by `k_j - c` takes the same `q_i.c` from every logit of row i,
+   hence from `lse_i`, and changes no probability. Let c be the mean key: logits of trained models
+   have a large common part, which would spoil step 2. From here on keys are centred.
+2. From above. Let `K_J` be the largest |k_j| of key tile J, which has n_J keys, and `d_IJ` the
+   least distance between query tile I and J. By Cauchy-Schwarz, every i in I gives J at most the
+   weight `n_J * e^(|q_i| K_J - m d_IJ)`.
+3. From below. `lse_i` is at least the log-sum-exp over *some* of the keys that i sees. Take its
+   own block of `NEAR` keys and the block before it, and compute that sum L_i exactly.
+4. Hence J takes at most `e^u_IJ` of the probability of any row of I, where
+
+       u_IJ = log n_J - m d_IJ + max_i (|q_i| K_J - L_i),
+
+   or 0 if positions or segments let no row of I see a key of J. The tiles left out at the left are
+   the longest prefix with `sum_J e^u_IJ <= tolerance / 2`, those at the right the longest such
+   suffix. Together they take at most `tolerance`. QED
+
+Dropping the fraction t of a row and normalising the rest moves the output by
+`|sum_kept (p / (1-t) - p) v| + |sum_dropped p v| <= t max|v| + t max|v|`.
+
+All terms are float32, so each u_IJ is raised by `ROUNDING` times the size of its parts. A row
+that sees none of its near keys has L_i = -inf, and then only unseen tiles are left out. The cost is
+`2 * NEAR` keys a row, once, and a table of (T / tile) * (S / tile) numbers at a time.
+
+The bound by norms and a span is that of adaptive computation pruning for the Forgetting Transformer
+(Lin et al., arXiv:2504.06949); it takes -U for `lse_i`, where steps 1 and 3 are ours.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from alibi_jax.bias import distance_bias, distances
+from alibi_jax.typing import Key, Query, Slopes
+
+NEAR = 32
+ROUNDING = 1e-5
+
+
+def key_ranges(
+    query: Query,
+    key: Key,
+    slopes: Slopes,
+    scale: Float[Array, ""],
+    *,
+    causal: bool,
+    query_positions: Int[Array, "#B T"],
+    key_positions: Int[Array, "#B S"],
+    segment_ids: Int[Array, "B T"] | None,
+    key_segment_ids: Int[Array, "B S"] | None,
+    tolerance: float,
+    query_tile: int,
+    key_tile: int,
+) -> tuple[Int[Array, "B H nT"], Int[Array, "B H nS"]]:
+    """Return the first key tile to compute and the one to stop before, for each query tile.
+
+    Args:
+      query: floating [B, T, H, D]; all arguments are as in `alibi_jax.attention`.
+      key: floating [B, S, K, D].
+      slopes: floating [H], of the dtype to compute in.
+      scale: factor of `query.key`, of that dtype.
+      causal: whether keys after the query are hidden.
+      query_positions: [1, T] or [B, T].
+      key_positions: [1, S] or [B, S].
+      segment_ids: None, or both kinds of ids.
+      key_segment_ids: see `segment_ids`.
+      tolerance: probability that may be left out of a row; 0 leaves out what no row sees.
+      query_tile: queries a tile; the last tile may be shorter.
+      key_tile: keys a tile.
+
+    Returns:
+      i32[B, H, ceil(T / query_tile)] twice, `0 <= first <= end <= ceil(S / key_tile)`.
+    """
+    (batch, length, heads, _), (key_length, key_heads) = query.shape, key.shape[1:3]
+    group = heads // key_heads
+    num_queries, num_keys = -(-length // query_tile), -(-key_length // key_tile)
+    dtype = slopes.dtype
+    log_half = math.log(tolerance / 2) if tolerance > 0 else -math.inf
+
+    def per_tile(x: Array, tile: int, count: int) -> Array:
+        """Split the first axis into tiles; the last is filled with copies of the last entry."""
+        filled = jnp.pad(x, [(0, count * tile - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
+        return filled.reshape(count, tile, *x.shape[1:])
+
+    def one_head(index: Array) -> tuple[Array, Array]:
+        b, h = index // heads, index % heads
+        q, k = query[b, :, h].astype(dtype) * scale, key[b, :, h // group].astype(dtype)
+        m = slopes[h]
+        # Positions are [1, T] or [B, T]; indexing clamps.
+        q_pos, k_pos = query_positions[b], key_positions[b]
+        segments = None
+        if segment_ids is not None and key_segment_ids is not None:
+            segments = segment_ids[b], key_segment_ids[b]
+
+        center = k.mean(axis=0)
+        largest = per_tile(jnp.linalg.norm(k - center[None], axis=1), key_tile, num_keys).max(1)
+        norms = jnp.linalg.norm(q, axis=1)
+        shift = q @ center
+        near = _near(q, k, m, q_pos, k_pos, segments, causal=causal)
+        rounding = ROUNDING * (jnp.abs(near) + jnp.abs(shift))
+        below = jnp.where(near == -jnp.inf, near, near - shift - rounding)
+
+        # max over i of |q_i| K_J - L_i, [nT, nS]
+        norms, below = (per_tile(x, query_tile, num_queries) for x in (norms, below))
+        content = (1 + ROUNDING) * norms[:, :, None] * largest[None, None, :]
+        content = jnp.max(content - below[:, :, None], axis=1)
+
+        low_q, high_q = _limits(per_tile(q_pos, query_tile, num_queries))
+        low_k, high_k = _limits(per_tile(k_pos, key_tile, num_keys))
+        before = low_q[:, None] - high_k[None, :]  # at least this far to the left of the queries
+        after = low_k[None, :] - high_q[:, None]
+        distance = jnp.maximum(jnp.maximum(before, after), 0).astype(dtype)
+        seen = after <= 0 if causal else jnp.ones_like(after, bool)
+        if segments is not None:
+            low_q, high_q = _limits(per_tile(segments[0], query_tile, num_queries))
+            low_k, high_k = _limits(per_tile(segments[1], key_tile, num_keys))
+            seen &= (low_q[:, None] <= high_k[None, :]) & (low_k[None, :] <= high_q[:, None])
+
+        above = math.log(key_tile) + content - (1 - ROUNDING) * m * distance
+        # Infinities never meet: -inf where unseen, +inf where nothing is known from below.
+        share = jnp.where(seen, above - log_half, -jnp.inf)
+        left = jax.lax.cumlogsumexp(share, axis=1) <= 0
+        right = jax.lax.cumlogsumexp(share, axis=1, reverse=True) <= 0
+        first = left.sum(axis=1, dtype=jnp.int32)
+        end = num_keys - right.sum(axis=1, dtype=jnp.int32)
+        return jnp.minimum(first, end), end
+
+    first, end = jax.lax.map(one_head, jnp.arange(batch * heads))
+    return first.reshape(batch, heads, -1), end.reshape(batch, heads, -1)
+
+
+def _limits(tiles: Int[Array, "n tile"]) -> tuple[Array, Array]:
+    return tiles.min(axis=1), tiles.max(axis=1)
+
+
+def _near(
+    q: Float[Array, "T D"],
+    k: Float[Array, "S D"],
+    slope: Float[Array, ""],
+    q_pos: Int[Array, "T"],
+    k_pos: Int[Array, "S"],
+    segments: tuple[Array, Array] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "T"]:
+    """Return the log-sum-exp of each row over its own block of keys and the one before.
+
+    Row i stands at key i + S - T, as the default positions have it. Where other positions put it
+    elsewhere the sum is over other keys that it sees, or none: less tight, and as true.
+    """
+    (length, _), key_length = q.shape, len(k)
+    count = -(-length // NEAR)
+    start = key_length - length
+
+    def of_queries(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, count * NEAR - length)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(count, NEAR, *x.shape[1:])
+
+    def of_keys(x: Array) -> Array:
+        """Return [count, 2 * NEAR, ...]: for each block of queries its own and the one before."""
+        low, high = NEAR - start, start + count * NEAR - key_length
+        rest = [(0, 0, 0)] * (x.ndim - 1)
+        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0), *rest])
+        blocks = x.reshape(count + 1, NEAR, *x.shape[1:])
+        return jnp.concatenate([blocks[:-1], blocks[1:]], axis=1)
+
+    logits = jnp.einsum("nrd,nsd->nrs", of_queries(q), of_keys(k))
+    distance = distances(of_queries(q_pos), of_keys(k_pos))
+    logits += distance_bias(slope[None], distance, kind="causal" if causal else "symmetric")[:, 0]
+    seen = of_keys(jnp.ones(key_length, bool))[:, None, :]
+    if segments is not None:
+        seen &= of_queries(segments[0])[:, :, None] == of_keys(segments[1])[:, None, :]
+    logits = jnp.where(seen, logits, -jnp.inf)
+    return jax.nn.logsumexp(logits, axis=-1).reshape(-1)[:length]

@@ -2,6 +2,8 @@
 
 import os
 
+# Where libtpu is installed, to compile for TPUs, JAX would look for one first.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile much and compute little.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 

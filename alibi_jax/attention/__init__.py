@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 
 from alibi_jax.attention import choice
+from alibi_jax.attention.case import Case
 from alibi_jax.attention.devices import per_device
 from alibi_jax.bias import check_integer, check_slopes
 from alibi_jax.typing import (
@@ -70,7 +71,13 @@ def attention(
         half of `finfo(dtype).eps`. "dense" always leaves out nothing.
       implementation: None for the best that fits platform, shapes and dtype, or one of
         "dense": all logits at once, in O(T S) memory;
-        "blockwise": tile by tile, in O(T + S) memory, on any platform; it leaves out tiles.
+        "blockwise": tile by tile, in O(T + S) memory, on any platform; it leaves out tiles;
+        "pallas_tpu": the same as a kernel of our own, on TPU: bfloat16 or float32, D and Dv at
+          most 256;
+        "cudnn": cuDNN's flash attention, in O(T) memory, on NVIDIA GPUs: causal, bfloat16, T = S,
+          no positions or segments; the bias is in extra columns (`alibi_jax.attention.columns`);
+        "splash": JAX's splash attention, with the same columns, on TPU: causal, no positions. It
+          is there to compare with.
 
     Returns:
       [B, T, H, Dv] in the dtype of `query`.
@@ -98,7 +105,7 @@ def attention(
     if tolerance is None:
         tolerance = float(jnp.finfo(query.dtype).eps) / 2
 
-    case = choice.Case(
+    case = Case(
         choice.platform(),
         query.dtype,
         length,
@@ -108,6 +115,9 @@ def attention(
         causal,
         aligned=query_positions is None and key_positions is None,
         segmented=segment_ids is not None,
+        shared_segments=key_segment_ids is None,
+        scale=None if isinstance(scale, Array) else float(scale),
+        capability=choice.capability(),
     )
     if implementation is None:
         implementation = choice.choose(case)

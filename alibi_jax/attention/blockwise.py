@@ -15,7 +15,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Int
 
-from alibi_jax.attention.tiles import key_ranges
+from alibi_jax.attention.tiles import Plan, key_ranges
 from alibi_jax.bias import distance_bias, float_dtype
 from alibi_jax.typing import (
     Attended,
@@ -40,15 +40,6 @@ class Tokens(NamedTuple):
     key_positions: Int[Array, "#B S"]
     segment_ids: Int[Array, "B T"] | None
     key_segment_ids: Int[Array, "B S"] | None
-
-
-class Plan(NamedTuple):
-    """What is static: the kind of mask, the number of keys without padding, the sizes of tiles."""
-
-    causal: bool
-    key_length: int
-    query_tile: int
-    key_tile: int
 
 
 def blockwise(

@@ -4,29 +4,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from alibi_jax.attention import pallas_tpu
 from alibi_jax.attention.blockwise import blockwise
+from alibi_jax.attention.case import Case
+from alibi_jax.attention.columns import cudnn, refusal_cudnn, refusal_splash, splash
 from alibi_jax.attention.dense import dense
 from alibi_jax.typing import Attended
 
 # Up to this many logits a head, holding them all is faster than going tile by tile
 # (benchmarks/results/attention_cpu.json).
 SMALL = 512 * 512
-
-
-class Case(NamedTuple):
-    """What the choice depends on: all of it is static."""
-
-    platform: str  # "cpu", "gpu" or "tpu"
-    dtype: jnp.dtype
-    length: int  # queries
-    key_length: int
-    head_dim: int
-    value_dim: int
-    causal: bool
-    aligned: bool  # positions were not given: the ends are aligned
-    segmented: bool
 
 
 def serves_all(case: Case) -> str | None:
@@ -44,6 +32,9 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "dense": Implementation(dense),
     "blockwise": Implementation(blockwise),
+    "pallas_tpu": Implementation(pallas_tpu.pallas_tpu, pallas_tpu.refusal),
+    "cudnn": Implementation(cudnn, refusal_cudnn),
+    "splash": Implementation(splash, refusal_splash),
 }
 
 
@@ -51,6 +42,10 @@ def choose(case: Case) -> str:
     """Return the name of the implementation that serves a case best."""
     if case.length * case.key_length <= SMALL:
         return "dense"
+    if case.platform == "tpu" and pallas_tpu.refusal(case) is None:
+        return "pallas_tpu"
+    if case.platform == "gpu" and refusal_cudnn(case) is None:
+        return "cudnn"
     return "blockwise"
 
 
@@ -71,3 +66,10 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     name = jax.default_backend() if device is None else device.platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def capability() -> tuple[int, int] | None:
+    """Return the CUDA compute capability of the first device here, or None if it has none."""
+    version = getattr(jax.local_devices()[0], "compute_capability", "")
+    major, _, minor = version.partition(".")
+    return (int(major), int(minor)) if major.isdigit() else None  # ROCm says "gfx942"

@@ -31,7 +31,7 @@ def per_device(
         but not of more than one key head.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.are_all_axes_explicit or mesh.size == 1:
+    if mesh.empty or not mesh.are_all_axes_explicit:
         return attend(query, key, value, slopes, scale=scale, **tokens)
 
     of_query, of_key, of_value = (_spec(x) for x in (query, key, value))

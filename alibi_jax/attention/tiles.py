@@ -35,6 +35,7 @@ The bound by norms and a span is that of adaptive computation pruning for the Fo
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,15 @@ from alibi_jax.typing import Key, Query, Slopes
 
 NEAR = 32
 ROUNDING = 1e-5
+
+
+class Plan(NamedTuple):
+    """What is static: the kind of mask, the number of keys without padding, the sizes of tiles."""
+
+    causal: bool
+    key_length: int
+    query_tile: int
+    key_tile: int
 
 
 def key_ranges(
@@ -129,9 +139,10 @@ def key_ranges(
 
         above = math.log(key_tile) + content - (1 - ROUNDING) * m * distance
         # Infinities never meet: -inf where unseen, +inf where nothing is known from below.
-        share = jnp.where(seen, above - log_half, -jnp.inf)
-        left = jax.lax.cumlogsumexp(share, axis=1) <= 0
-        right = jax.lax.cumlogsumexp(share, axis=1, reverse=True) <= 0
+        share = jnp.exp(jnp.minimum(jnp.where(seen, above - log_half, -jnp.inf), 1.0))
+        # Sums of up to e each; of 1, a hundredth is left for their rounding.
+        left = jax.lax.cumsum(share, axis=1) <= 0.99
+        right = jax.lax.cumsum(share, axis=1, reverse=True) <= 0.99
         first = left.sum(axis=1, dtype=jnp.int32)
         end = num_keys - right.sum(axis=1, dtype=jnp.int32)
         return jnp.minimum(first, end), end

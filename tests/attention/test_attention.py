@@ -375,7 +375,7 @@ def test_the_good_shapes_of_the_table_below_pass():
         ({"tolerance": 1.0}, ValueError, "got 1.0"),
         ({"tolerance": -0.1}, ValueError, "got -0.1"),
         ({"tolerance": math.nan}, ValueError, "got nan"),
-        ({"implementation": "flash"}, ValueError, "'blockwise'], got 'flash'"),
+        ({"implementation": "flash"}, ValueError, "'splash'], got 'flash'"),
         (
             {"query_positions": np.zeros(3)},
             TypeError,

@@ -1,0 +1,22 @@
+"""What the choice of an implementation depends on."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+
+class Case(NamedTuple):
+    """What the choice depends on: all of it is static."""
+
+    platform: str  # "cpu", "gpu" or "tpu"
+    dtype: jnp.dtype
+    length: int  # queries
+    key_length: int
+    head_dim: int
+    value_dim: int
+    causal: bool
+    aligned: bool  # positions were not given: the ends are aligned
+    segmented: bool
+    shared_segments: bool  # key_segment_ids were not given: a query's own key is of its segment
+    scale: float | None  # None: an array, which may be known only when it runs
+    capability: tuple[int, int] | None  # CUDA compute capability, such as (9, 0); None without

@@ -1,0 +1,472 @@
+"""Attention on TPUs: our own Pallas kernels, which neither fetch nor compute negligible tiles.
+
+FlashAttention-2 (Dao, arXiv:2307.08691) over the tiles that `alibi_jax.attention.tiles` selects.
+There are three kernels: forward, the gradient of queries (and slopes and scale), and that of keys
+and values. Each step of a grid holds one tile of its own side in VMEM, reads from SMEM which tiles
+of the other side it needs, and loops over these, fetching the next while it computes one. A tile
+left out costs nothing, not even an empty step of the grid.
+
+The own tile lies along the rows of the logits and the other along their columns, so that no product
+has to transpose a matrix. Numbers that there is one of a token lie along lanes in HBM, where a
+column would be padded to 128 lanes; those of the own tile are turned into columns once.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.custom_derivatives import SymbolicZero
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
+
+from alibi_jax.attention.case import Case
+from alibi_jax.attention.tiles import Plan, key_ranges
+from alibi_jax.bias import distance_bias
+from alibi_jax.typing import (
+    Attended,
+    Key,
+    KeyPositions,
+    Query,
+    QueryPositions,
+    SegmentIds,
+    Slopes,
+    Value,
+)
+
+# Multiples of the 128 lanes. Small tiles make the rule tight, large ones keep the matrix unit busy.
+QUERY_TILE, KEY_TILE = 512, 512
+LANES = 128
+# What `pl.pallas_call` takes: tests set True, or `pltpu.InterpretParams(...)`, to run on a CPU.
+INTERPRET: Any = False
+
+
+class Inputs(NamedTuple):
+    """What the kernels read, with lengths of whole tiles; in the kernels, references to it."""
+
+    query: Float[Array, "B H T D"]
+    key: Float[Array, "B K S D"]
+    value: Float[Array, "B K S Dv"]
+    numbers: Float[Array, "H 1 2"]  # the slope of each head, and the scale
+    query_tokens: Int[Array, "B C T"]  # positions and, if there are any, segment ids
+    key_tokens: Int[Array, "B C S"]
+    ranges: Int[Array, "B H 2 nT"]  # the first key tile to compute, and the one to stop before
+
+
+def refusal(case: Case) -> str | None:
+    """Return why `pallas_tpu` cannot serve a case, or None if it can."""
+    if case.platform != "tpu" and not INTERPRET:
+        return f"needs a TPU, and this is a {case.platform}"
+    if case.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"takes bfloat16 and float32, not {case.dtype}"
+    if max(case.head_dim, case.value_dim) > 256:
+        return f"takes head dims up to 256, not {max(case.head_dim, case.value_dim)}"
+    return None
+
+
+def pallas_tpu(
+    query: Query,
+    key: Key,
+    value: Value,
+    slopes: Slopes,
+    *,
+    causal: bool,
+    scale: float | Array,
+    query_positions: QueryPositions,
+    key_positions: KeyPositions,
+    segment_ids: SegmentIds | None,
+    key_segment_ids: SegmentIds | None,
+    tolerance: float,
+) -> Attended:
+    """Compute `alibi_jax.attention`; the arguments are as that function checks and fills them.
+
+    Products multiply in the inputs' dtype, float32 without rounding to bfloat16; all else is
+    float32. In a `jax.shard_map` of your own, say `check_vma=False`.
+    """
+    (batch, length), key_length = query.shape[:2], key.shape[1]
+    plan = Plan(
+        causal,
+        key_length,
+        query_tile=min(QUERY_TILE, -(-length // LANES) * LANES),
+        key_tile=min(KEY_TILE, -(-key_length // LANES) * LANES),
+    )
+    slopes, scale = slopes.astype(jnp.float32), jnp.asarray(scale, jnp.float32)
+    query_positions, key_positions = jnp.asarray(query_positions), jnp.asarray(key_positions)
+    ranges = key_ranges(
+        *jax.lax.stop_gradient((query, key, slopes, scale)),
+        causal=causal,
+        query_positions=query_positions,
+        key_positions=key_positions,
+        segment_ids=segment_ids,
+        key_segment_ids=key_segment_ids,
+        tolerance=tolerance,
+        query_tile=plan.query_tile,
+        key_tile=plan.key_tile,
+    )
+
+    def padded(x: Array, tile: int) -> Array:
+        """Return x with axis 2, the length, filled up to whole tiles."""
+        return jnp.pad(x, [(0, -n % tile if axis == 2 else 0) for axis, n in enumerate(x.shape)])
+
+    def tokens(positions: Array, ids: Array | None, tile: int) -> Array:
+        rows = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in (positions, ids) if x is not None]
+        return padded(jnp.stack(rows, axis=1), tile)
+
+    inputs = Inputs(
+        # A tile is a matrix of tokens and features, so these are the last two axes.
+        padded(query.swapaxes(1, 2), plan.query_tile),
+        padded(key.swapaxes(1, 2), plan.key_tile),
+        padded(value.swapaxes(1, 2), plan.key_tile),
+        jnp.stack([slopes, jnp.full_like(slopes, scale)], axis=1)[:, None],
+        tokens(query_positions, segment_ids, plan.query_tile),
+        tokens(key_positions, key_segment_ids, plan.key_tile),
+        jnp.stack(ranges, axis=2),
+    )
+    return _attend(plan, inputs)[:, :, :length].swapaxes(1, 2)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, inputs):
+    """Return [B, H, T, Dv]."""
+    return _one_by_one(_forward, plan, inputs)[0]
+
+
+def _attend_forward(plan, inputs):
+    of_slopes = inputs.numbers.perturbed
+    inputs = Inputs(*(x.value for x in inputs))
+    output, lse = _one_by_one(_forward, plan, inputs)
+    # A tuple or None, since what is kept may hold no Python values but the structure.
+    return output, (inputs, output, lse, () if of_slopes else None)
+
+
+def _attend_backward(plan, kept, cotangent):
+    inputs, output, lse, of_slopes = kept
+    if isinstance(cotangent, SymbolicZero):
+        cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+    # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
+    mean = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=3)
+    rows = jnp.concatenate([lse, mean[:, :, None]], axis=2)
+    of_query = partial(_query_gradient, of_slopes=of_slopes is not None)
+    dquery, dnumbers = _one_by_one(of_query, plan, inputs, cotangent, rows)
+    dkey, dvalue = _one_by_one(_key_gradient, plan, inputs, cotangent, rows)
+    dnumbers = dnumbers.sum(axis=(0, 3))[:, None]
+    of_integers: Any = None
+    return (Inputs(dquery, dkey, dvalue, dnumbers, of_integers, of_integers, of_integers),)
+
+
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _one_by_one(call: Callable[..., Any], plan: Plan, *arrays: Any) -> Any:
+    """Call; `jax.vmap` makes it a loop, since Pallas cannot add an axis to arrays left in HBM."""
+    return jax.custom_batching.sequential_vmap(partial(call, plan))(*arrays)
+
+
+def _forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
+    """Return the output, and each row's log-sum-exp f32[B, H, 1, T]: +inf for keyless rows."""
+    (batch, heads, length, _), value_dim, tile = x.query.shape, x.value.shape[3], plan.query_tile
+
+    def kernel(x, output, lse, largest, total, mixed):
+        largest[...] = jnp.full_like(largest, -jnp.inf)
+        total[...] = jnp.zeros_like(total)
+        mixed[...] = jnp.zeros_like(mixed)
+        columns = x.query_tokens[...].T
+
+        def step(j, key, value, key_tokens):
+            logits, _ = _logits(plan, x.numbers, x.query, key, columns, key_tokens, j, key_axis=1)
+            new = jnp.maximum(largest[...], logits.max(axis=1, keepdims=True))
+            # A row that has seen no key yet must not subtract -inf from -inf.
+            shift = jnp.where(new == -jnp.inf, 0.0, new)
+            weights = jnp.exp(logits - shift)
+            keep = jnp.exp(largest[...] - shift)
+            largest[...] = new
+            total[...] = total[...] * keep + weights.sum(axis=1, keepdims=True)
+            mixed[...] = mixed[...] * keep + _product(weights, value[...])
+
+        _over_keys(step, plan, x, heads)
+        seen = total[...] > 0
+        sums = jnp.where(seen, total[...], 1.0)
+        output[...] = (mixed[...] / sums).astype(output.dtype)
+        lse[...] = jnp.where(seen, largest[...] + jnp.log(sums), jnp.inf).T
+
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, heads, length // tile),
+        in_specs=(_of_query_tiles(plan, x),),
+        out_specs=(_features(tile, value_dim), _rows(tile, 1)),
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, heads, length, value_dim), x.query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+        ),
+        scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (1, 1, value_dim)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        interpret=INTERPRET,
+        name="alibi_forward",
+    )(x)
+
+
+def _query_gradient(
+    plan: Plan,
+    x: Inputs,
+    cotangent: Float[Array, "B H T Dv"],
+    rows: Float[Array, "B H 2 T"],
+    *,
+    of_slopes: bool,
+) -> tuple[Array, Array]:
+    """Return dquery, and what each row adds to dslopes and dscale, f32[B, H, 2, T].
+
+    `rows` are each row's log-sum-exp and the mean of its dp under p.
+    """
+    (batch, heads, length, head_dim), tile = x.query.shape, plan.query_tile
+
+    def kernel(x, cotangent, rows, dquery, dnumbers, dlogits_key, dslope):
+        dlogits_key[...] = jnp.zeros_like(dlogits_key)
+        dslope[...] = jnp.zeros_like(dslope)
+        columns, lse, mean = x.query_tokens[...].T, rows[:1].T, rows[1:].T
+
+        def step(j, key, value, key_tokens):
+            logits, distance = _logits(
+                plan, x.numbers, x.query, key, columns, key_tokens, j, key_axis=1
+            )
+            dweights = _product(cotangent[...], value[...], transposed=True)
+            dlogits = jnp.exp(logits - lse) * (dweights - mean)
+            dlogits_key[...] += _product(dlogits, key[...])
+            if of_slopes:
+                linear = dlogits * jnp.abs(distance).astype(jnp.float32)
+                dslope[...] -= linear.sum(axis=1, keepdims=True)
+
+        _over_keys(step, plan, x, heads)
+        dquery[...] = (dlogits_key[...] * x.numbers[0, 1]).astype(dquery.dtype)
+        dnumbers[:1] = dslope[...].T
+        dscale = dlogits_key[...] * x.query[...].astype(jnp.float32)
+        dnumbers[1:] = dscale.sum(axis=1, keepdims=True).T
+
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, heads, length // tile),
+        in_specs=(_of_query_tiles(plan, x), _features(tile, x.value.shape[3]), _rows(tile, 2)),
+        out_specs=(_features(tile, head_dim), _rows(tile, 2)),
+        out_shape=(
+            jax.ShapeDtypeStruct(x.query.shape, x.query.dtype),
+            jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+        ),
+        scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (head_dim, 1)],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
+        interpret=INTERPRET,
+        name="alibi_query_gradient",
+    )(x, cotangent, rows)
+
+
+def _key_gradient(
+    plan: Plan, x: Inputs, cotangent: Float[Array, "B H T Dv"], rows: Float[Array, "B H 2 T"]
+) -> tuple[Array, Array]:
+    """Return dkey and dvalue; the grid's last axis goes over the query heads of a key head."""
+    heads, (batch, key_heads, key_length, head_dim) = x.query.shape[1], x.key.shape
+    value_dim, group, tile = x.value.shape[3], heads // key_heads, plan.key_tile
+
+    def kernel(x, cotangent, rows, ranges, dkey, dvalue, dkey_sum, dvalue_sum):
+        b, k, j, g = (pl.program_id(axis) for axis in range(4))
+        columns, h = x.key_tokens[...].T, k * group + g
+
+        @pl.when(g == 0)
+        def start():
+            dkey_sum[...] = jnp.zeros_like(dkey_sum)
+            dvalue_sum[...] = jnp.zeros_like(dvalue_sum)
+
+        def step(i, query, cotangent, query_tokens, rows):
+            @pl.when((x.ranges[0, i] <= j) & (j < x.ranges[1, i]))
+            def compute():
+                logits, _ = _logits(
+                    plan, x.numbers, x.key, query, columns, query_tokens, j, key_axis=0
+                )
+                weights = jnp.exp(logits - rows[:1])
+                dweights = _product(x.value[...], cotangent[...], transposed=True)
+                dlogits = weights * (dweights - rows[1:])
+                dkey_sum[...] += _product(dlogits, query[...])
+                dvalue_sum[...] += _product(weights, cotangent[...])
+
+        features = x.query.at[b, h], cotangent.at[b, h]
+        per_token = x.query_tokens.at[b], rows.at[b, h]
+        _over_tiles(step, ranges[0, j], ranges[1, j], plan.query_tile, features, per_token)
+
+        @pl.when(g == group - 1)
+        def store():
+            dkey[...] = (dkey_sum[...] * x.numbers[0, 1]).astype(dkey.dtype)
+            dvalue[...] = dvalue_sum[...].astype(dvalue.dtype)
+
+    def own(dim: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, tile, dim), lambda b, k, j, g: (b, k, j, 0))
+
+    def table(width: int) -> pl.BlockSpec:
+        index_map = lambda b, k, j, g: (b, k * group + g, 0, 0)  # noqa: E731
+        return pl.BlockSpec((None, None, 2, width), index_map, memory_space=pltpu.SMEM)
+
+    specs = _specs(
+        query=IN_HBM,
+        key=own(head_dim),
+        value=own(value_dim),
+        numbers=pl.BlockSpec(
+            (None, 1, 2), lambda b, k, j, g: (k * group + g, 0, 0), memory_space=pltpu.SMEM
+        ),
+        query_tokens=IN_HBM,
+        key_tokens=pl.BlockSpec((None, x.key_tokens.shape[1], tile), lambda b, k, j, g: (b, 0, j)),
+        ranges=table(x.ranges.shape[3]),
+    )
+    return pl.pallas_call(
+        kernel,
+        grid=(batch, key_heads, key_length // tile, group),
+        in_specs=(specs, IN_HBM, IN_HBM, table(key_length // tile)),
+        out_specs=(own(head_dim), own(value_dim)),
+        out_shape=(
+            jax.ShapeDtypeStruct(x.key.shape, x.key.dtype),
+            jax.ShapeDtypeStruct(x.value.shape, x.value.dtype),
+        ),
+        scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (head_dim, value_dim)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * 3 + ("arbitrary",)
+        ),
+        interpret=INTERPRET,
+        name="alibi_key_gradient",
+    )(x, cotangent, rows, query_ranges(x.ranges, key_length // tile))
+
+
+def query_ranges(ranges: Int[Array, "B H 2 nT"], num_keys: int) -> Int[Array, "B H 2 nS"]:
+    """Return for each key tile the first query tile that needs it, and the one to stop before."""
+    num_queries = ranges.shape[3]
+    j, i = jnp.indices((num_keys, num_queries), dtype=ranges.dtype)[:, None, None]
+    first, end = ranges[:, :, :1], ranges[:, :, 1:]
+    needed = (first <= j) & (j < end)
+    low = jnp.where(needed, i, num_queries).min(axis=3)
+    high = jnp.where(needed, i + 1, 0).max(axis=3)
+    return jnp.stack([jnp.minimum(low, high), high], axis=2)
+
+
+# What a grid (batch, head, query tile) reads and writes
+
+IN_HBM = pl.BlockSpec(memory_space=pl.ANY)  # the kernel fetches what it needs
+
+
+def _features(tile: int, dim: int) -> pl.BlockSpec:
+    """A query tile of [B, H, T, dim]."""
+    return pl.BlockSpec((None, None, tile, dim), lambda b, h, i: (b, h, i, 0))
+
+
+def _rows(tile: int, count: int) -> pl.BlockSpec:
+    """A query tile of [B, H, count, T]."""
+    return pl.BlockSpec((None, None, count, tile), lambda b, h, i: (b, h, 0, i))
+
+
+def _specs(**specs: Any) -> Inputs:
+    return Inputs(**specs)
+
+
+def _of_query_tiles(plan: Plan, x: Inputs) -> Inputs:
+    tokens, tiles = x.query_tokens.shape[1], x.ranges.shape[3]
+    return _specs(
+        query=_features(plan.query_tile, x.query.shape[3]),
+        key=IN_HBM,
+        value=IN_HBM,
+        numbers=pl.BlockSpec((None, 1, 2), lambda b, h, i: (h, 0, 0), memory_space=pltpu.SMEM),
+        query_tokens=pl.BlockSpec((None, tokens, plan.query_tile), lambda b, h, i: (b, 0, i)),
+        key_tokens=IN_HBM,
+        ranges=pl.BlockSpec(
+            (None, None, 2, tiles), lambda b, h, i: (b, h, 0, 0), memory_space=pltpu.SMEM
+        ),
+    )
+
+
+# Inside the kernels
+
+
+def _logits(plan, numbers, own, other, own_tokens, other_tokens, key_tile, *, key_axis):
+    """Return the tile's logits, -inf where masked, and signed distances: f32 and i32 [own, other].
+
+    `own` is [own, D] with tokens [own, C], `other` [other, D] with tokens [C, other]; `key_axis`
+    says which of the two are the keys of tile `key_tile`.
+    """
+    own, other, other_tokens = own[...], other[...], other_tokens[...]
+    logits = _product(own, other, transposed=True) * numbers[0, 1]
+    distance = own_tokens[:, :1] - other_tokens[:1]
+    distance = distance if key_axis == 1 else -distance
+    kind = "causal" if plan.causal else "symmetric"
+    logits += distance_bias(numbers[0, 0][None], distance, kind=kind)[0]
+    if own_tokens.shape[1] > 1:
+        logits = jnp.where(own_tokens[:, 1:] == other_tokens[1:], logits, -jnp.inf)
+    if plan.key_length % plan.key_tile:
+        index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, key_axis)
+        exists = index < plan.key_length - key_tile * plan.key_tile
+        logits = jnp.where(exists, logits, -jnp.inf)
+    return logits, distance
+
+
+def _product(a: Array, b: Array, *, transposed: bool = False) -> Array:
+    """Return a @ b, or a @ b.T, as float32, multiplied in the dtype of b."""
+    exact = jax.lax.Precision.HIGHEST
+    return jax.lax.dot_general(
+        a.astype(b.dtype),
+        b,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=exact if b.dtype == jnp.float32 else jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _over_keys(step: Callable[..., None], plan: Plan, x: Inputs, heads: int) -> None:
+    """Run `step(j, key, value, key_tokens)` over the key tiles of this query tile."""
+    b, h, i = (pl.program_id(axis) for axis in range(3))
+    k = jax.lax.div(h, heads // x.key.shape[1])
+    features, per_token = (x.key.at[b, k], x.value.at[b, k]), (x.key_tokens.at[b],)
+    _over_tiles(step, x.ranges[0, i], x.ranges[1, i], plan.key_tile, features, per_token)
+
+
+def _over_tiles(
+    step: Callable[..., None],
+    first: Array,
+    end: Array,
+    tile: int,
+    features: tuple[Any, ...],
+    per_token: tuple[Any, ...],
+) -> None:
+    """Run `step(index, *tiles)` over tiles first to end, and fetch the next tile meanwhile.
+
+    `features` are [length, D] and `per_token` [C, length], all in HBM. (`pltpu.emit_pipeline` does
+    it too, but can only be traced where there is a TPU.)
+    """
+    sources = features + per_token
+    shapes = [(tile, x.shape[1]) for x in features] + [(x.shape[0], tile) for x in per_token]
+
+    def run(semaphores: Any, *buffers: Any) -> None:
+        def copies(index: Array, slot: Array | int) -> list[Any]:
+            along = pl.ds(pl.multiple_of(index * tile, tile), tile)
+            parts = [x.at[along] for x in features] + [x.at[:, along] for x in per_token]
+            return [
+                pltpu.make_async_copy(part, buffer.at[slot], semaphores.at[n, slot])
+                for n, (part, buffer) in enumerate(zip(parts, buffers, strict=True))
+            ]
+
+        @pl.when(first < end)
+        def fetch_first():
+            for copy in copies(first, 0):
+                copy.start()
+
+        @pl.loop(first, end)
+        def over(index):
+            slot = jax.lax.rem(index - first, 2)
+
+            @pl.when(index + 1 < end)
+            def fetch_next():
+                for copy in copies(index + 1, 1 - slot):
+                    copy.start()
+
+            for copy in copies(index, slot):
+                copy.wait()
+            step(index, *(buffer.at[slot] for buffer in buffers))
+
+    pl.run_scoped(
+        run,
+        pltpu.SemaphoreType.DMA((len(sources), 2)),
+        *(pltpu.VMEM((2, *s), x.dtype) for s, x in zip(shapes, sources, strict=True)),
+    )

@@ -63,12 +63,14 @@ def blockwise(
     length, key_length = query.shape[1], key.shape[1]
     tile, key_tile = min(QUERY_TILE, length), min(KEY_TILE, key_length)
     dtype = float_dtype(query.dtype)
-    slopes, scale = slopes.astype(dtype), jnp.asarray(scale, dtype)
     tokens = Tokens(
         jnp.asarray(query_positions), jnp.asarray(key_positions), segment_ids, key_segment_ids
     )
+    query, key, value, slopes, factor, tokens = _vary_alike(
+        query, key, value, slopes.astype(dtype), jnp.asarray(scale, dtype), tokens
+    )
     ranges = key_ranges(
-        *jax.lax.stop_gradient((query, key, slopes, scale)),
+        *jax.lax.stop_gradient((query, key, slopes, factor)),
         causal=causal,
         **tokens._asdict(),
         tolerance=tolerance,
@@ -81,11 +83,30 @@ def blockwise(
         _pad(key, key_tile),
         _pad(value, key_tile),
         slopes,
-        scale,
+        factor,
         Tokens(*map(_pad, tokens, (tile, key_tile, tile, key_tile))),
         ranges,
     )
     return output[:, :length]
+
+
+def _vary_alike(*trees: Any) -> tuple[Any, ...]:
+    """Return arrays that are marked as varying over the same axes of a surrounding shard_map.
+
+    Where one differs between devices the result does, and so must what a loop starts from. The
+    transpose of the mark adds up the gradient of what is the same on all devices.
+    """
+
+    def axes(x: Array) -> frozenset[Any]:
+        return jax.typeof(x).manual_axis_type.varying
+
+    every = frozenset[Any]().union(*map(axes, jax.tree.leaves(trees)))
+
+    def vary(x: Array) -> Array:
+        missing = tuple(every - axes(x))
+        return jax.lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(vary, trees)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -118,6 +139,7 @@ def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
 
         zeros = jnp.zeros(plan.query_tile, dtype)
         carry = zeros - jnp.inf, zeros, jnp.zeros((plan.query_tile, value.shape[-1]), dtype)
+        carry, _ = _vary_alike(carry, q)
         largest, total, mixed = _over_keys(plan, first, end, step, carry)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
@@ -126,6 +148,7 @@ def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
         return _update(output, b, rows[0], h, mixed), lse
 
     output = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
+    output, _ = _vary_alike(output, query)
     return jax.lax.scan(one_tile, output, _tiles(ranges))
 
 
@@ -142,6 +165,7 @@ def _attend_backward(plan, kept, cotangent):
     (query, key, value, slopes, scale, tokens, ranges), output, lse, of_slopes = kept
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
+        cotangent, _ = _vary_alike(cotangent, query)
     group = query.shape[2] // key.shape[2]
     dtype = slopes.dtype
 
@@ -170,6 +194,7 @@ def _attend_backward(plan, kept, cotangent):
 
         dquery, dscale, dkey, dvalue = grads
         carry = jnp.zeros_like(q.T), jnp.zeros((), dtype), dkey, dvalue
+        carry, _ = _vary_alike(carry, q)
         dq, dslope, dkey, dvalue = _over_keys(plan, first, end, step, carry)
         dscale += jnp.sum(dq * q.T)
         dquery = _update(dquery, b, rows[0], h, (dq.T * scale).astype(dquery.dtype))
@@ -181,6 +206,7 @@ def _attend_backward(plan, kept, cotangent):
         jnp.zeros(key.shape, dtype),
         jnp.zeros(value.shape, dtype),
     )
+    zeros, _ = _vary_alike(zeros, query)
     (dquery, dscale, dkey, dvalue), dslope = jax.lax.scan(one_tile, zeros, (_tiles(ranges), lse))
     batch, _, heads, _ = query.shape
     dslopes = dslope.reshape(batch, heads, -1).sum(axis=(0, 2))

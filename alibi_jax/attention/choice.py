@@ -15,6 +15,9 @@ from alibi_jax.typing import Attended
 # Up to this many logits a head, holding them all is faster than going tile by tile
 # (benchmarks/results/attention_cpu.json).
 SMALL = 512 * 512
+# Blockwise takes one tile after the other, each too small for a GPU: there, where cuDNN refuses,
+# all logits are held as long as they fit well. (A judgement: not yet measured on a GPU.)
+SMALL_ON_GPU = 4096 * 4096
 
 
 def serves_all(case: Case) -> str | None:
@@ -40,12 +43,16 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 def choose(case: Case) -> str:
     """Return the name of the implementation that serves a case best."""
-    if case.length * case.key_length <= SMALL:
+    logits = case.length * case.key_length
+    if logits <= SMALL:
         return "dense"
     if case.platform == "tpu" and pallas_tpu.refusal(case) is None:
         return "pallas_tpu"
-    if case.platform == "gpu" and refusal_cudnn(case) is None:
-        return "cudnn"
+    if case.platform == "gpu":
+        if refusal_cudnn(case) is None:
+            return "cudnn"
+        if logits <= SMALL_ON_GPU:
+            return "dense"
     return "blockwise"
 
 

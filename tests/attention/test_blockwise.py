@@ -140,3 +140,25 @@ def test_devices_share_batch_and_heads(key_heads):
     assert together[0].sharding.spec == spec
     for got, expected in zip(together, alone, strict=True):
         close(np.asarray(got), np.asarray(expected), atol=1e-5)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_a_shard_map(check_vma):
+    query, *_, m = inputs(batch=8, length=40, heads=2)
+
+    def loss(attend, query, m):
+        return jnp.mean(jnp.square(attend(query, query, query, m)))
+
+    expected = jax.jit(jax.value_and_grad(partial(loss, dense), (0, 1)))(query, m)
+    mesh = jax.make_mesh((8,), ("data",))
+    with jax.set_mesh(mesh):
+        attend = jax.shard_map(
+            blockwise,
+            in_specs=(P("data"), P("data"), P("data"), P()),
+            out_specs=P("data"),
+            check_vma=check_vma,
+        )
+        placed = jax.device_put(query, P("data")), jax.device_put(m, P())
+        got = jax.jit(jax.value_and_grad(partial(loss, attend), (0, 1)))(*placed)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        close(np.asarray(x), np.asarray(y), atol=1e-6)

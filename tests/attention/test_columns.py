@@ -285,8 +285,10 @@ ON_TPU = ON_GPU._replace(platform="tpu", capability=None)
 def test_cudnn_is_chosen_on_a_gpu_and_splash_never():
     assert choice.choose(ON_GPU) == "cudnn"
     assert choice.choose(ON_GPU._replace(length=256, key_length=256)) == "dense"
-    assert choice.choose(ON_GPU._replace(segmented=True)) == "blockwise"
-    assert choice.choose(ON_GPU._replace(capability=(8, 0))) == "blockwise"
+    assert choice.choose(ON_GPU._replace(segmented=True)) == "dense"
+    long = ON_GPU._replace(length=8192, key_length=8192)
+    assert choice.choose(long._replace(segmented=True)) == "blockwise"
+    assert choice.choose(long._replace(capability=(8, 0))) == "blockwise"
     assert choice.choose(ON_GPU._replace(capability=(8, 0), head_dim=64)) == "cudnn"
     assert columns.refusal_splash(ON_TPU) is None
     assert choice.choose(ON_TPU) != "splash"

@@ -9,7 +9,8 @@ need `pip install torch==2.13.0` beside this package, and are left out without i
 
 On a CPU: one sequence, 8 heads of 64, random normal inputs. Times are the median of up to 7 runs.
 Peak memory is the growth of the process's resident set over what inputs and compiled code take;
-it includes the outputs. On a GPU: 16k tokens in all, heads of 64 and 128, 2048 wide.
+it includes the outputs. On a GPU: 16k tokens in all, heads of 64 and 128, 2048 wide, and the most
+memory that the device held, inputs included.
 """
 
 import argparse
@@ -147,12 +148,25 @@ def status(field: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
 
 
+def device_peak(reset: bool = False) -> int | None:
+    """Returns the most bytes a GPU held so far, or None on a CPU; PyTorch's count can be reset."""
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        if not torch.cuda.is_available():
+            return None
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def measure(call: Any) -> dict[str, Any]:
     start = time.perf_counter()
     call()
     first = time.perf_counter() - start
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
+    device_peak(reset=True)
     seconds: list[float] = []
     while len(seconds) < 7 and sum(seconds) < SECONDS:
         start = time.perf_counter()
@@ -163,6 +177,7 @@ def measure(call: Any) -> dict[str, Any]:
         "least_seconds": min(seconds),
         "first_call_seconds": first,
         "peak_bytes": status("VmHWM") - before,
+        "device_peak_bytes": device_peak(),
     }
 
 
@@ -229,7 +244,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if row[name]
         }
         for row in rows
-        if row["method"] != "alibi_jax"
+        if row["method"] != "alibi_jax" and tuple(row[s] for s in setting) in ours
     ]
 
 
@@ -252,7 +267,8 @@ def figure(rows: list[dict[str, Any]], flops: float, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharey=True, layout="constrained")
     first = rows[0]
     lengths = sorted({row["length"] for row in rows})
-    per_pair = 4 * first["batch"] * first["heads"] * first["head_dim"]
+    batch = {row["length"]: row["batch"] for row in rows}
+    per_pair = 4 * first["heads"] * first["head_dim"]
     for axis, name, factor in zip(axes, NAMES, (1.0, 3.5), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             points = [r for r in rows if r["method"] == method and r[name]]
@@ -265,7 +281,7 @@ def figure(rows: list[dict[str, Any]], flops: float, path: Path) -> None:
                 linewidth=3 if own else 1.2,
                 zorder=3 if own else 2,
             )
-        floor = [factor * per_pair * n**2 / 2 / flops for n in lengths]
+        floor = [factor * per_pair * batch[n] * n**2 / 2 / flops for n in lengths]
         axis.plot(lengths, floor, "k:", label="all causal pairs at the speed of a matrix product")
         axis.set(
             xscale="log", yscale="log", xlabel="length (tokens)", title=name.replace("_", " + ")

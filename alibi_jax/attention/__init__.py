@@ -44,7 +44,8 @@ def attention(
     Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3. As in its footnote 10 the
     scale never touches the bias. Logits and softmax are float32 (float64 for float64 inputs), and
     so is the accumulation of both products. A query that sees no key gives zeros, and zero
-    gradients. Differentiable in `query`, `key`, `value` and `slopes`.
+    gradients. Differentiable in `query`, `key`, `value` and `slopes`: once and in reverse by the
+    implementations that go by tiles, and any number of times by "dense".
 
     Under an explicit mesh, batch and head axes may be sharded without further annotation, as long
     as the mesh axis of the heads divides K, or K is 1 and replicated.
@@ -108,6 +109,8 @@ def attention(
     case = Case(
         choice.platform(),
         query.dtype,
+        batch,
+        heads,
         length,
         key.shape[1],
         head_dim,
@@ -178,7 +181,6 @@ def _positions(
 ) -> tuple[Any, Any]:
     """Check positions, or fill them in, as i32[1 or B, T] and i32[1 or B, S]."""
     if query_positions is None and key_positions is None:
-        # numpy, so that the values are known under jit too: an implementation may plan with them.
         return (
             np.arange(key_length - length, key_length, dtype=np.int32)[None],
             np.arange(key_length, dtype=np.int32)[None],

@@ -135,7 +135,11 @@ def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
             shift = jnp.where(new == -jnp.inf, 0.0, new)
             weights = jnp.exp(logits - shift[:, None])
             keep = jnp.exp(largest - shift)
-            return new, total * keep + weights.sum(axis=1), mixed * keep[:, None] + weights @ v
+            return (
+                new,
+                total * keep + weights.sum(axis=1),
+                mixed * keep[:, None] + _dot(weights, v, 1, 0),
+            )
 
         zeros = jnp.zeros(plan.query_tile, dtype)
         carry = zeros - jnp.inf, zeros, jnp.zeros((plan.query_tile, value.shape[-1]), dtype)
@@ -186,8 +190,8 @@ def _attend_backward(plan, kept, cotangent):
             )
             weights = jnp.exp(_dot(k, scaled, 1, 1) + bias - row_lse[None, :])
             dlogits = weights * (_dot(v, dout, 1, 1) - mean[None, :])
-            dkey = _update(dkey, b, start, h // group, dlogits @ scaled, add=True)
-            dvalue = _update(dvalue, b, start, h // group, weights @ dout, add=True)
+            dkey = _update(dkey, b, start, h // group, _dot(dlogits, scaled, 1, 0), add=True)
+            dvalue = _update(dvalue, b, start, h // group, _dot(weights, dout, 1, 0), add=True)
             if of_slopes is not None:
                 dslope -= jnp.sum(dlogits * jnp.abs(distance).astype(dtype))
             return dq + _dot(k, dlogits, 0, 0), dslope, dkey, dvalue
@@ -261,7 +265,7 @@ def _tile_bias(
         segment, key_segment = both(tokens.segment_ids, tokens.key_segment_ids)
         bias = jnp.where(segment == key_segment, bias, -jnp.inf)
     if plan.key_length % plan.key_tile:
-        exists = columns[0] + jnp.arange(columns[1]) < plan.key_length
+        exists = columns[0] + jnp.arange(columns[1], dtype=jnp.int32) < plan.key_length
         bias = jnp.where(jnp.expand_dims(exists, query_axis), bias, -jnp.inf)
     return bias, distance
 
@@ -300,4 +304,5 @@ def _update(
 
 
 def _dot(a: Array, b: Array, axis: int, other_axis: int) -> Array:
-    return jax.lax.dot_general(a, b, (((axis,), (other_axis,)), ((), ())))
+    exact = jax.lax.Precision.HIGHEST  # or accelerators would round float32 to 16 bits
+    return jax.lax.dot_general(a, b, (((axis,), (other_axis,)), ((), ())), precision=exact)

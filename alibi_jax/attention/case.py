@@ -10,6 +10,8 @@ class Case(NamedTuple):
 
     platform: str  # "cpu", "gpu" or "tpu"
     dtype: jnp.dtype
+    batch: int
+    heads: int
     length: int  # queries
     key_length: int
     head_dim: int

@@ -16,8 +16,8 @@ from alibi_jax.typing import Attended
 # (benchmarks/results/attention_cpu.json).
 SMALL = 512 * 512
 # Blockwise takes one tile after the other, each too small for a GPU: there, where cuDNN refuses,
-# all logits are held as long as they fit well. (A judgement: not yet measured on a GPU.)
-SMALL_ON_GPU = 4096 * 4096
+# all logits are held up to this many bytes. (A judgement: not yet measured on a GPU.)
+SMALL_ON_GPU = 2**31
 
 
 def serves_all(case: Case) -> str | None:
@@ -51,7 +51,7 @@ def choose(case: Case) -> str:
     if case.platform == "gpu":
         if refusal_cudnn(case) is None:
             return "cudnn"
-        if logits <= SMALL_ON_GPU:
+        if 4 * case.batch * case.heads * logits <= SMALL_ON_GPU:
             return "dense"
     return "blockwise"
 
@@ -71,7 +71,8 @@ def require_serves(name: Any, case: Case) -> None:
 def platform() -> str:
     """Return where the computation will run: on the mesh's devices, or else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
+    device = device or jax.config.jax_default_device  # type: ignore[attr-defined]
+    name = getattr(device, "platform", device) or jax.default_backend()
     return "gpu" if name in ("cuda", "rocm") else name
 
 

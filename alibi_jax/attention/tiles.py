@@ -28,7 +28,11 @@ Dropping the fraction t of a row and normalising the rest moves the output by
 
 All terms are float32, so each u_IJ is raised by `ROUNDING` times the size of its parts. A row
 that sees none of its near keys has L_i = -inf, and then only unseen tiles are left out. The cost is
-`2 * NEAR` keys a row, once, and a table of (T / tile) * (S / tile) numbers at a time.
+that of logits at `2 * NEAR` keys a row, and of one number a row and key tile, reduced at once to
+a table of (T / tile) * (S / tile).
+
+The gradients of query, key and value leave out the same small weights. That of a slope weighs them
+with their distance, and is off by about `tolerance * log(1 / tolerance)` of its own size at worst.
 
 The bound by norms and a span is that of adaptive computation pruning for the Forgetting Transformer
 (Lin et al., arXiv:2504.06949); it takes -U for `lse_i`, where steps 1 and 3 are ours.
@@ -46,7 +50,8 @@ from alibi_jax.bias import distance_bias, distances
 from alibi_jax.typing import Key, Query, Slopes
 
 NEAR = 32
-ROUNDING = 1e-5
+EXACT = jax.lax.Precision.HIGHEST  # float32 products would be of 16 bits on a TPU otherwise
+ROUNDING = 3e-5  # twice what float32 sums of 256 products can be off by, of the norms
 
 
 class Plan(NamedTuple):
@@ -96,7 +101,7 @@ def key_ranges(
     group = heads // key_heads
     num_queries, num_keys = -(-length // query_tile), -(-key_length // key_tile)
     dtype = slopes.dtype
-    log_half = math.log(tolerance / 2) if tolerance > 0 else -math.inf
+    log_half = math.log(tolerance) - math.log(2) if tolerance > 0 else -math.inf
 
     def per_tile(x: Array, tile: int, count: int) -> Array:
         """Split the first axis into tiles; the last is filled with copies of the last entry."""
@@ -109,16 +114,19 @@ def key_ranges(
         m = slopes[h]
         # Positions are [1, T] or [B, T]; indexing clamps.
         q_pos, k_pos = query_positions[b], key_positions[b]
+        # Only differences matter; as such they fit int32, wherever the positions wrap round.
+        q_pos, k_pos = q_pos - q_pos[0], k_pos - q_pos[0]
         segments = None
         if segment_ids is not None and key_segment_ids is not None:
             segments = segment_ids[b], key_segment_ids[b]
 
         center = k.mean(axis=0)
         largest = per_tile(jnp.linalg.norm(k - center[None], axis=1), key_tile, num_keys).max(1)
+        loudest = jnp.linalg.norm(k, axis=1).max()
         norms = jnp.linalg.norm(q, axis=1)
-        shift = q @ center
+        shift = jnp.matmul(q, center, precision=EXACT)
         near = _near(q, k, m, q_pos, k_pos, segments, causal=causal)
-        rounding = ROUNDING * (jnp.abs(near) + jnp.abs(shift))
+        rounding = ROUNDING * (jnp.abs(near) + 2 * norms * loudest)
         below = jnp.where(near == -jnp.inf, near, near - shift - rounding)
 
         # max over i of |q_i| K_J - L_i, [nT, nS]
@@ -186,7 +194,7 @@ def _near(
         blocks = x.reshape(count + 1, NEAR, *x.shape[1:])
         return jnp.concatenate([blocks[:-1], blocks[1:]], axis=1)
 
-    logits = jnp.einsum("nrd,nsd->nrs", of_queries(q), of_keys(k))
+    logits = jnp.einsum("nrd,nsd->nrs", of_queries(q), of_keys(k), precision=EXACT)
     distance = distances(of_queries(q_pos), of_keys(k_pos))
     logits += distance_bias(slope[None], distance, kind="causal" if causal else "symmetric")[:, 0]
     seen = of_keys(jnp.ones(key_length, bool))[:, None, :]

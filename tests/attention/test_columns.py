@@ -277,7 +277,7 @@ def test_splash_takes_segments_and_bfloat16(interpreted):
 # Choosing
 
 ON_GPU = Case(
-    "gpu", jnp.dtype("bfloat16"), 4096, 4096, 128, 128, True, True, False, True, 0.1, HOPPER
+    "gpu", jnp.dtype("bfloat16"), 1, 8, 4096, 4096, 128, 128, True, True, False, True, 0.1, HOPPER
 )
 ON_TPU = ON_GPU._replace(platform="tpu", capability=None)
 
@@ -286,7 +286,8 @@ def test_cudnn_is_chosen_on_a_gpu_and_splash_never():
     assert choice.choose(ON_GPU) == "cudnn"
     assert choice.choose(ON_GPU._replace(length=256, key_length=256)) == "dense"
     assert choice.choose(ON_GPU._replace(segmented=True)) == "dense"
-    long = ON_GPU._replace(length=8192, key_length=8192)
+    assert choice.choose(ON_GPU._replace(segmented=True, batch=8)) == "blockwise"
+    long = ON_GPU._replace(length=16384, key_length=16384)
     assert choice.choose(long._replace(segmented=True)) == "blockwise"
     assert choice.choose(long._replace(capability=(8, 0))) == "blockwise"
     assert choice.choose(ON_GPU._replace(capability=(8, 0), head_dim=64)) == "cudnn"

@@ -36,9 +36,9 @@ from benchmarks.common import RESULTS, write
 # into a quarter of an hour.
 CPU_METHODS = {
     "alibi_jax": 131072,
-    "alibi_jax dense": 8192,
-    "jax.nn with bias": 8192,
-    "jax.nn without bias": 8192,
+    "alibi_jax dense": 4096,
+    "jax.nn with bias": 4096,
+    "jax.nn without bias": 4096,
     "torch SDPA with bias": 8192,
     "torch FlexAttention": 16384,
     "torch SDPA without bias": 32768,
@@ -299,6 +299,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gpu", action="store_true", help="the methods and sizes for a GPU")
     parser.add_argument("--lengths", type=int, nargs="+", help="powers of two, by default all")
+    parser.add_argument("--dtypes", nargs="+", help="by default float32 and bfloat16")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -310,7 +311,7 @@ def main() -> None:
         print("torch is not installed: its peers are left out")
     most = max(methods.values())
     lengths = options.lengths or [2**n for n in range(9, 18) if 2**n <= most]
-    dtypes = ("bfloat16",) if options.gpu else ("float32", "bfloat16")
+    dtypes = options.dtypes or (("bfloat16",) if options.gpu else ("float32", "bfloat16"))
     head_dims = (64, 128) if options.gpu else (64,)
     rows = []
     for dtype, head_dim, length in itertools.product(dtypes, head_dims, lengths):

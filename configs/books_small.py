@@ -2,8 +2,7 @@
 
 Data      files of whole books: one JSON object a line with a "text" field, split by author into
           train, valid and test; set --config.data.source=files:DIR/{split}.jsonl.xz to your own
-Hardware  one GPU of 24 GB or more, in bfloat16: XLA plans 10 GB for a step and 6.5 GB for a window
-          of 8192 (the dense attention; 26 GB for 16384)
+Hardware  one GPU of 24 GB or more, in bfloat16: XLA plans 10 GB for a step
 Command   python train.py --config=configs/books_small.py --workdir=runs/books
 
 The tokenizer is a byte-level BPE of 16384 tokens, trained on the train split once and cached.

@@ -1,6 +1,7 @@
 """What is saved comes back bit for bit, on any mesh, and damage costs one checkpoint at most."""
 
 import dataclasses
+import gc
 import logging
 import shutil
 import warnings
@@ -15,7 +16,7 @@ from alibi_jax.training.checkpoint import Checkpointer, restore
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
 
-# Reading damage leaves coroutines of Orbax and Zarr behind.
+# Reading damage leaves coroutines of Orbax and Zarr behind, which `quiet` collects here.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -32,6 +33,7 @@ def quiet():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         yield
+        gc.collect()
     logging.getLogger("absl").setLevel(level)
 
 

@@ -4,6 +4,10 @@
 
 Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes
 on exactly where it was. `--help` with a config lists every field.
+
+On several machines give every one the same command, and a DIR that all of them see. Cloud TPU, GKE,
+SLURM and Open MPI tell the processes apart; elsewhere add, to each, --distributed.process_id=I and
+--distributed.num_processes=N --distributed.coordinator_address=HOST:PORT (a port of process 0).
 """
 
 import dataclasses
@@ -13,10 +17,11 @@ from pathlib import Path
 
 import jax
 
-from alibi_jax import data, evaluation
+from alibi_jax import data, distributed, evaluation
 from alibi_jax.config import Config, describe, load_config
+from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
-from alibi_jax.sharding import make_mesh
+from alibi_jax.sharding import make_mesh, to_devices, to_host
 from alibi_jax.training import loop, workdir
 from alibi_jax.training.resolved import resolved
 
@@ -26,7 +31,7 @@ def run(config: Config, directory: Path) -> None:
     # Check.
     config.validate(jax.device_count())
     workdir.check_usable(directory)
-    corpus = data.load_corpus(config.data)
+    corpus = distributed.main_first(lambda: data.load_corpus(config.data))
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)
     held_out = getattr(corpus, config.evaluation.split)
     lengths, note = evaluation.supported_lengths(
@@ -35,7 +40,7 @@ def run(config: Config, directory: Path) -> None:
         config.data.packing,
     )
     if note:
-        print(note)
+        print_once(note)
     loop.check_data(config, corpus)
     stream = data.stream_identity(
         fingerprint=corpus.fingerprint,
@@ -50,10 +55,10 @@ def run(config: Config, directory: Path) -> None:
         workdir.claim(directory, config, stream)
         # Train short.
         program = loop.compile_program(config, mesh)
-        print(resolved(config, corpus, mesh, program))
+        print_once(resolved(config, corpus, mesh, program))
         state, complete = loop.train(config, corpus, program, directory)
         if not complete:
-            print(f"stopped at step {state.step}, saved; the same command goes on from there")
+            print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
             return
 
         # Test long.
@@ -64,8 +69,10 @@ def run(config: Config, directory: Path) -> None:
             packing=config.data.packing,
         )
         losses = evaluation.evaluate(
-            lambda tokens: program.loss_fn(
-                state.params, jax.device_put(tokens, program.batch_sharding)
+            lambda tokens: to_host(
+                program.loss_fn(
+                    state.params, to_devices(tokens, program.batch_sharding, len(tokens))
+                )
             ),
             windows,
             lengths,
@@ -74,6 +81,8 @@ def run(config: Config, directory: Path) -> None:
         )
 
     # Report.
+    if not distributed.is_main():
+        return
     summary = evaluation.summarize(
         losses,
         windows,
@@ -102,8 +111,8 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def parse(arguments: list[str]) -> tuple[Config, Path] | None:
-    """Config and working directory that the command line names; None after printing help."""
+def parse(arguments: list[str]) -> dict[str, str] | None:
+    """Values of the flags; None after printing help."""
     flags: dict[str, str] = {}
     words = list(arguments)
     while words:
@@ -111,9 +120,10 @@ def parse(arguments: list[str]) -> tuple[Config, Path] | None:
         if name in ("--help", "-h"):
             flags["--help"] = ""
             continue
-        known = name in ("--config", "--workdir") or name.startswith("--config.")
+        known = name in ("--config", "--workdir")
         require(
-            known, f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE"
+            known or name.startswith(("--config.", "--distributed.")),
+            f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE",
         )
         require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
         flags[name] = value if equals else words.pop(0)
@@ -124,26 +134,37 @@ def parse(arguments: list[str]) -> tuple[Config, Path] | None:
         return None
     for name in ("--config", "--workdir"):
         require(bool(flags.get(name)), f"{name} is missing: give --config=FILE and --workdir=DIR")
-    config, directory = flags.pop("--config"), flags.pop("--workdir")
-    overrides = {name.removeprefix("--config."): value for name, value in flags.items()}
-    return load_config(config, overrides), Path(directory).expanduser()
+    return flags
+
+
+def below(prefix: str, flags: dict[str, str]) -> dict[str, str]:
+    """The flags whose name starts with the prefix, without it."""
+    return {
+        name.removeprefix(prefix): value for name, value in flags.items() if name.startswith(prefix)
+    }
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done, or stopped by a signal with all saved; 1 diverged; 2 bad input.
 
-    130: Ctrl-C or SIGTERM outside the training loop, or a second one.
+    3: another process of the run was lost. 130: Ctrl-C or SIGTERM outside the training loop, or a
+    second one. All processes of a run end with the same code.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
-        parsed = parse(arguments)
-        if parsed is not None:
-            run(*parsed)
+        flags = parse(arguments)
+        if flags is not None:
+            distributed.initialize(below("--distributed.", flags))
+            config = load_config(flags["--config"], below("--config.", flags))
+            run(config, Path(flags["--workdir"]).expanduser())
+            distributed.finish()
     except UserError as error:
         return fail(2, error)
     except loop.Diverged as error:
         return fail(1, error)
     except jax.errors.JaxRuntimeError as error:
+        if distributed.is_lost_peer(error):
+            return distributed.end_lost()
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return fail(
@@ -159,8 +180,7 @@ def main(arguments: list[str]) -> int:
 
 def fail(code: int, message: object) -> int:
     """Prints one line, whatever the message quotes, and returns the exit code."""
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
-    return code
+    return distributed.end(code, "error: " + " ".join(str(message).splitlines()))
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ from typing import TextIO
 
 import tqdm
 
+from alibi_jax.distributed import is_main
 from alibi_jax.files import write_text
 from alibi_jax.training.step import Metrics
 
 
 class Logs:
     """Reports metrics at their steps; nothing here touches the device until a step is done.
+
+    Of several processes only process 0 shows and writes anything.
 
     Attributes:
       METRICS: name of the file that holds one JSON object a line.
@@ -33,13 +36,22 @@ class Logs:
         """Continues the logs of `workdir` after step `start`; later entries are dropped."""
         import tensorboardX
 
-        self._file = _truncated(workdir / self.METRICS, start)
+        writes = is_main()
+        self._file = _truncated(workdir / self.METRICS, start) if writes else None
         # The suffix: two files of one second would have one name.
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+            str(workdir / "tensorboard"),
+            purge_step=start + 1,
+            filename_suffix=f".{start}",
+            write_to_disk=writes,
         )
         self._bar = tqdm.tqdm(
-            total=num_steps, initial=start, desc="training", unit="step", dynamic_ncols=True
+            total=num_steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not writes,
         )
         self._train_bits = 1.0 / (math.log(2.0) * bytes_per_token)  # per byte, of a nat per token
         self._validation_bits = 1.0 / (math.log(2.0) * validation_bytes_per_token)
@@ -71,18 +83,22 @@ class Logs:
 
     def note(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        self._bar.write(text)
+        if not self._bar.disable:
+            self._bar.write(text)
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._board.close()
 
     def _rate(self) -> float:
         return self._tokens / max(time.perf_counter() - self._since, 1e-9)
 
     def _write(self, step: int, values: dict[str, float], group: str) -> None:
+        if self._file is None:
+            return
         # JSON has no nan and no infinity; they become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")

@@ -14,8 +14,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from alibi_jax import data
 from alibi_jax.config import Config
+from alibi_jax.distributed import any_process, make_vote, print_once
 from alibi_jax.errors import UserError
-from alibi_jax.sharding import spec
+from alibi_jax.sharding import local_rows, spec, to_devices, to_host
 from alibi_jax.training import checkpoint, workdir
 from alibi_jax.training.logs import Logs
 from alibi_jax.training.loss import target_mask
@@ -104,11 +105,12 @@ def train(
     start = 0 if restored is None else restored.step
     state = program.init() if restored is None else restored.state
     for path, reason in restored.unreadable.items() if restored else ():
-        print(f"a damaged checkpoint is now {path} ({reason}): falling back to step {start}")
+        print_once(f"a damaged checkpoint is now {path} ({reason}): falling back to step {start}")
     if restored:
-        print(f"resuming at step {start} of {training.num_steps}")
+        print_once(f"resuming at step {start} of {training.num_steps}")
 
-    stream = _stream(config, corpus.train)
+    num_rows = config.data.batch_size
+    stream = _stream(config, corpus.train, program.batch_sharding)
     batches = data.training_iterator(stream)
     if restored:
         batches.set_state(restored.position)
@@ -133,9 +135,10 @@ def train(
                 raise Diverged(_divergence(step, loss, saver.latest))
 
         step, saved, pending = start, start, None
+        vote = make_vote(program.batch_sharding)
         with _stop_signal() as stopped:
-            while step < training.num_steps and not stopped():
-                batch = jax.device_put(next(batches), program.batch_sharding)
+            while step < training.num_steps and not vote(stopped()):
+                batch = to_devices(next(batches), program.batch_sharding, num_rows)
                 state, metrics = program.step(state, batch)
                 # The step before is reported while this one runs.
                 if pending is not None:
@@ -156,17 +159,20 @@ def train(
             if step > saved:
                 saver.save(step, state, batches.get_state())
             saver.wait()
-            complete = step == training.num_steps and not stopped()
+            complete = step == training.num_steps and not any_process(stopped())
     return state, complete
 
 
-def _stream(config: Config, split: data.TokenizedSplit):
+def _stream(config: Config, split: data.TokenizedSplit, sharding: NamedSharding | None = None):
+    """The batches of a split; with their sharding only the rows that this process needs."""
+    shape = (config.data.batch_size, config.data.sequence_length + 1)
     return data.batches(
         split,
         sequence_length=config.data.sequence_length,
         batch_size=config.data.batch_size,
         seed=config.training.seed,
         packing=config.data.packing,
+        rows=None if sharding is None else local_rows(sharding, shape),
     )
 
 
@@ -174,13 +180,12 @@ def _validation(config: Config, corpus: data.Corpus, program: Program) -> Callab
     """The mean loss of the same few validation batches, in nats per token."""
 
     def validate(params: Params) -> float:
-        stream = _stream(config, corpus.valid)
+        stream = _stream(config, corpus.valid, program.batch_sharding)
         nats = targets = 0.0
         for index in range(config.training.validation_batches):
-            batch = stream[index]
-            placed = jax.device_put(batch, program.batch_sharding)
-            losses = np.asarray(program.loss_fn(params, placed["tokens"], placed["segment_ids"]))
-            mask = np.asarray(target_mask(batch["segment_ids"]))
+            batch = to_devices(stream[index], program.batch_sharding, config.data.batch_size)
+            losses = to_host(program.loss_fn(params, batch["tokens"], batch["segment_ids"]))
+            mask = to_host(target_mask(batch["segment_ids"]))
             nats, targets = nats + float((losses * mask).sum()), targets + float(mask.sum())
         return nats / max(targets, 1.0)
 

@@ -1,9 +1,11 @@
 """Train short, then test long: the main job.
 
   python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+                  [--profile=START:STOP]
 
 Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes
-on exactly where it was. `--help` with a config lists every field.
+on exactly where it was. `--help` with a config lists every field. `--profile` traces the STOP-START
+steps after the first START into DIR/profile, for TensorBoard.
 """
 
 import dataclasses
@@ -17,14 +19,18 @@ from alibi_jax import data, evaluation
 from alibi_jax.config import Config, describe, load_config
 from alibi_jax.errors import UserError, require
 from alibi_jax.sharding import make_mesh
-from alibi_jax.training import loop, workdir
+from alibi_jax.training import compilation_cache, goodput, loop, profiling, workdir
 from alibi_jax.training.resolved import resolved
 
 
-def run(config: Config, directory: Path) -> None:
+def run(config: Config, directory: Path, profile: str | None) -> None:
     """Trains and evaluates; everything that can be wrong is checked before anything is trained."""
     # Check.
+    clock = goodput.Clock()
     config.validate(jax.device_count())
+    traced = profiling.NEVER
+    if profile is not None:
+        traced = profiling.parse_steps(profile, config.training.num_steps)
     workdir.check_usable(directory)
     corpus = data.load_corpus(config.data)
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)
@@ -49,10 +55,15 @@ def run(config: Config, directory: Path) -> None:
     with jax.set_mesh(mesh), workdir.locked(directory):
         workdir.claim(directory, config, stream)
         # Train short.
-        program = loop.compile_program(config, mesh)
+        compilation_cache.use(directory)
+        with clock.spend("compile"):
+            program = loop.compile_program(config, mesh)
         print(resolved(config, corpus, mesh, program))
-        state, complete = loop.train(config, corpus, program, directory)
+        state, complete = loop.train(
+            config, corpus, program, directory, clock=clock, profile=traced
+        )
         if not complete:
+            print(goodput.table(clock.record()))
             print(f"stopped at step {state.step}, saved; the same command goes on from there")
             return
 
@@ -63,15 +74,16 @@ def run(config: Config, directory: Path) -> None:
             num_windows=config.evaluation.num_windows,
             packing=config.data.packing,
         )
-        losses = evaluation.evaluate(
-            lambda tokens: program.loss_fn(
-                state.params, jax.device_put(tokens, program.batch_sharding)
-            ),
-            windows,
-            lengths,
-            tokens_per_batch=config.evaluation.tokens_per_batch,
-            batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
-        )
+        with clock.spend("evaluation"):
+            losses = evaluation.evaluate(
+                lambda tokens: program.loss_fn(
+                    state.params, jax.device_put(tokens, program.batch_sharding)
+                ),
+                windows,
+                lengths,
+                tokens_per_batch=config.evaluation.tokens_per_batch,
+                batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+            )
 
     # Report.
     summary = evaluation.summarize(
@@ -87,6 +99,8 @@ def run(config: Config, directory: Path) -> None:
     with workdir.writing(directory):
         evaluation.write_json(summary, directory / "extrapolation.json")
         evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
+        clock.write(directory)
+    print(f"{goodput.table(clock.record())}\n")
     print(evaluation.table(summary))
     print(f"\nfigure {directory / 'extrapolation.png'}, numbers {directory / 'extrapolation.json'}")
 
@@ -102,8 +116,8 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def parse(arguments: list[str]) -> tuple[Config, Path] | None:
-    """Config and working directory that the command line names; None after printing help."""
+def parse(arguments: list[str]) -> tuple[Config, Path, str | None] | None:
+    """Config, working directory and steps to trace that are given; None after printing help."""
     flags: dict[str, str] = {}
     words = list(arguments)
     while words:
@@ -111,9 +125,11 @@ def parse(arguments: list[str]) -> tuple[Config, Path] | None:
         if name in ("--help", "-h"):
             flags["--help"] = ""
             continue
-        known = name in ("--config", "--workdir") or name.startswith("--config.")
+        known = name in ("--config", "--workdir", "--profile") or name.startswith("--config.")
         require(
-            known, f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE"
+            known,
+            f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE, "
+            "--profile=START:STOP",
         )
         require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
         flags[name] = value if equals else words.pop(0)
@@ -125,8 +141,9 @@ def parse(arguments: list[str]) -> tuple[Config, Path] | None:
     for name in ("--config", "--workdir"):
         require(bool(flags.get(name)), f"{name} is missing: give --config=FILE and --workdir=DIR")
     config, directory = flags.pop("--config"), flags.pop("--workdir")
+    profile = flags.pop("--profile", None)
     overrides = {name.removeprefix("--config."): value for name, value in flags.items()}
-    return load_config(config, overrides), Path(directory).expanduser()
+    return load_config(config, overrides), Path(directory).expanduser(), profile
 
 
 def main(arguments: list[str]) -> int:
@@ -149,7 +166,7 @@ def main(arguments: list[str]) -> int:
         return fail(
             2,
             "out of memory on the device: in training raise config.training.gradient_accumulation "
-            "or set config.model.remat=true; in the evaluation lower "
+            "or set config.model.remat=full; in the evaluation lower "
             "config.evaluation.tokens_per_batch or shorten config.evaluation.multiples",
         )
     except KeyboardInterrupt:

@@ -1,9 +1,11 @@
 """Train short, then test long: the main job.
 
   python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+                  [--profile=START:STOP]
 
 Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes
-on exactly where it was. `--help` with a config lists every field.
+on exactly where it was. `--help` with a config lists every field. `--profile` traces the STOP-START
+steps after the first START into DIR/profile, for TensorBoard.
 
 On several machines give every one the same command, and a DIR that all of them see. Cloud TPU, GKE,
 SLURM and Open MPI tell the processes apart; elsewhere add, to each, --distributed.process_id=I and
@@ -22,14 +24,18 @@ from alibi_jax.config import Config, describe, load_config
 from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
 from alibi_jax.sharding import make_mesh, to_devices, to_host
-from alibi_jax.training import loop, workdir
+from alibi_jax.training import compilation_cache, goodput, loop, profiling, workdir
 from alibi_jax.training.resolved import resolved
 
 
-def run(config: Config, directory: Path) -> None:
+def run(config: Config, directory: Path, profile: str | None) -> None:
     """Trains and evaluates; everything that can be wrong is checked before anything is trained."""
     # Check.
+    clock = goodput.Clock()
     config.validate(jax.device_count())
+    traced = profiling.NEVER
+    if profile is not None:
+        traced = profiling.parse_steps(profile, config.training.num_steps)
     workdir.check_usable(directory)
     corpus = distributed.main_first(lambda: data.load_corpus(config.data))
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)
@@ -54,10 +60,15 @@ def run(config: Config, directory: Path) -> None:
     with jax.set_mesh(mesh), workdir.locked(directory):
         workdir.claim(directory, config, stream)
         # Train short.
-        program = loop.compile_program(config, mesh)
+        compilation_cache.use(directory)
+        with clock.spend("compile"):
+            program = loop.compile_program(config, mesh)
         print_once(resolved(config, corpus, mesh, program))
-        state, complete = loop.train(config, corpus, program, directory)
+        state, complete = loop.train(
+            config, corpus, program, directory, clock=clock, profile=traced
+        )
         if not complete:
+            print_once(goodput.table(clock.record()))
             print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
             return
 
@@ -68,17 +79,18 @@ def run(config: Config, directory: Path) -> None:
             num_windows=config.evaluation.num_windows,
             packing=config.data.packing,
         )
-        losses = evaluation.evaluate(
-            lambda tokens: to_host(
-                program.loss_fn(
-                    state.params, to_devices(tokens, program.batch_sharding, len(tokens))
-                )
-            ),
-            windows,
-            lengths,
-            tokens_per_batch=config.evaluation.tokens_per_batch,
-            batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
-        )
+        with clock.spend("evaluation"):
+            losses = evaluation.evaluate(
+                lambda tokens: to_host(
+                    program.loss_fn(
+                        state.params, to_devices(tokens, program.batch_sharding, len(tokens))
+                    )
+                ),
+                windows,
+                lengths,
+                tokens_per_batch=config.evaluation.tokens_per_batch,
+                batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+            )
 
     # Report.
     if not distributed.is_main():
@@ -96,6 +108,8 @@ def run(config: Config, directory: Path) -> None:
     with workdir.writing(directory):
         evaluation.write_json(summary, directory / "extrapolation.json")
         evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
+        clock.write(directory)
+    print(f"{goodput.table(clock.record())}\n")
     print(evaluation.table(summary))
     print(f"\nfigure {directory / 'extrapolation.png'}, numbers {directory / 'extrapolation.json'}")
 
@@ -120,10 +134,11 @@ def parse(arguments: list[str]) -> dict[str, str] | None:
         if name in ("--help", "-h"):
             flags["--help"] = ""
             continue
-        known = name in ("--config", "--workdir")
+        known = name in ("--config", "--workdir", "--profile")
         require(
             known or name.startswith(("--config.", "--distributed.")),
-            f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE",
+            f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE, "
+            "--profile=START:STOP",
         )
         require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
         flags[name] = value if equals else words.pop(0)
@@ -156,7 +171,7 @@ def main(arguments: list[str]) -> int:
         if flags is not None:
             distributed.initialize(below("--distributed.", flags))
             config = load_config(flags["--config"], below("--config.", flags))
-            run(config, Path(flags["--workdir"]).expanduser())
+            run(config, Path(flags["--workdir"]).expanduser(), flags.get("--profile"))
             distributed.finish()
     except UserError as error:
         return fail(2, error)
@@ -170,7 +185,7 @@ def main(arguments: list[str]) -> int:
         return fail(
             2,
             "out of memory on the device: in training raise config.training.gradient_accumulation "
-            "or set config.model.remat=true; in the evaluation lower "
+            "or set config.model.remat=full; in the evaluation lower "
             "config.evaluation.tokens_per_batch or shorten config.evaluation.multiples",
         )
     except KeyboardInterrupt:

@@ -65,6 +65,9 @@ class TrainingConfig:
     validation_batches: int = 8  # batches of validation data in each such loss
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept
+    # What a loss or gradient that is not finite does: "skip" leaves parameters and optimizer as
+    # they were and goes on to the next batch.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def validate(self) -> None:
         """Raises UserError for values that cannot train."""

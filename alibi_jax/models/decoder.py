@@ -13,6 +13,14 @@ from alibi_jax.models.positions import POSITION_METHODS
 from alibi_jax.sharding import replicate, spec
 from alibi_jax.typing import Logits, QueryPositions, SegmentIds, Tokens
 
+# What a rematerialised layer keeps for its backward pass, besides its input.
+SAVED = {
+    # Products with a weight: most of the arithmetic. Attention's own have batch axes, and are as
+    # large as its logits where these are held.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Decoder(nnx.Module):
     """A pre-norm decoder.
@@ -82,8 +90,10 @@ class Decoder(nnx.Module):
             block, layer_key = block_and_key
             return block(x, slopes, positions, segment_ids, layer_key), None
 
-        if config.remat:
-            layer = jax.checkpoint(layer)
+        if config.remat != "none":
+            # A scan keeps XLA from undoing it, which else takes barriers.
+            prevent_cse = not config.scan_layers
+            layer = jax.checkpoint(layer, policy=SAVED[config.remat], prevent_cse=prevent_cse)
         if config.scan_layers:
             x, _ = jax.lax.scan(layer, x, (self.blocks, keys))
         else:

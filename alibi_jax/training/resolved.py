@@ -8,6 +8,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from alibi_jax.config import Config
 from alibi_jax.data import Corpus
+from alibi_jax.training import compilation_cache
+from alibi_jax.training.flops import flops_per_token, peak_flops
 from alibi_jax.training.loop import Program
 
 
@@ -33,9 +35,20 @@ def resolved(config: Config, corpus: Corpus, mesh: Mesh, program: Program) -> st
         "parameters": f"{count:,}: {_bytes(params)}",
         "optimizer": _bytes(optimizer),
         "step": f"{_size(program.temporary_bytes)} of temporaries; compiled in "
-        f"{program.compile_seconds:.1f} s",
+        f"{program.compile_seconds:.1f} s, {_kept()}",
+        "model FLOPs": f"{flops_per_token(config.model, length):.3g} a token, {_peak(device)}",
     }
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
+
+
+def _kept() -> str:
+    directory = compilation_cache.directory()
+    return f"kept in {directory}" if directory else "not kept (no JAX_COMPILATION_CACHE_DIR)"
+
+
+def _peak(device: jax.Device) -> str:
+    peak = peak_flops(device.device_kind)
+    return "at a peak that is not known" if peak is None else f"at most {peak:.3g}/s a device"
 
 
 def _bytes(tree: Any) -> str:

@@ -30,6 +30,7 @@ RESUMABLE = (
     "training.validation_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.on_nonfinite",
     "evaluation.",
     "mesh.",
 )

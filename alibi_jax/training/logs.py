@@ -44,7 +44,10 @@ class Logs:
         import tensorboardX
 
         writes = is_main()
-        kept, self._file = _truncated(workdir / self.METRICS, start) if writes else ([], None)
+        kept: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        if writes:
+            kept, self._file = _truncated(workdir / self.METRICS, start)
         # The suffix: two files of one second would have one name.
         self._board = tensorboardX.SummaryWriter(
             str(workdir / "tensorboard"),

@@ -75,7 +75,11 @@ FILES = [
     ("a.txt.gz", b"no archive", "a.txt.gz: not a whole .gz file"),
     ("a.txt.xz", b"no archive", "a.txt.xz: not a whole .xz file"),
     ("a.txt.zst", b"no archive", "a.txt.zst: not a whole .zst file"),
-    ("a.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:30] + b"\xff" * 30, "not a whole .gz file"),
+    (
+        "a.txt.gz",
+        gzip.compress(b"text " * 999, mtime=0)[:30] + b"\xff" * 30,
+        "not a whole .gz file",
+    ),
     ("a.txt", b"", "no text is left for the split 'train'"),
     ("a.txt", b" \n\t", "no text is left"),
     ("a.jsonl", b"\n\n", "no text is left"),

@@ -118,6 +118,13 @@ class Config:
                 f"{'fsdp' if name == 'embed_dim' else 'tensor'} axis: use a multiple of {parts}, "
                 "or a smaller axis in config.mesh",
             )
+        narrowest = self.model.band_dims()[-1]
+        require(
+            narrowest % fsdp == 0,
+            f"config.model.adaptive_cutoffs={self.model.adaptive_cutoffs}: embeddings of width "
+            f"{narrowest}, of the last band, do not divide over {fsdp} devices of the fsdp axis: "
+            "use a smaller fsdp axis in config.mesh or a smaller adaptive_factor",
+        )
         require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is more than "

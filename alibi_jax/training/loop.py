@@ -52,7 +52,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         learning_rate_schedule(config.optimizer, training.num_steps),
         z_loss=training.z_loss,
         gradient_accumulation=training.gradient_accumulation,
-        use_dropout=config.model.dropout > 0.0,
+        use_dropout=config.model.uses_dropout,
     )
     partition = spec("batch", None)
     assert partition is not None, "compile_program needs a mesh"

@@ -1,6 +1,6 @@
 """Train short, then test long: the main job.
 
-  python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+  python train.py --config=configs/NAME.py[:VARIANT] --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
                   [--profile=START:STOP]
 
 Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes

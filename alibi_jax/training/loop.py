@@ -61,7 +61,7 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         learning_rate_schedule(config.optimizer, training.num_steps),
         z_loss=training.z_loss,
         gradient_accumulation=training.gradient_accumulation,
-        use_dropout=config.model.dropout > 0.0,
+        use_dropout=config.model.uses_dropout,
         skip_nonfinite=training.on_nonfinite == "skip",
     )
     partition = spec("batch", None)

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from alibi_jax.sharding import spec
-from alibi_jax.training.loss import summed_loss, token_losses
+from alibi_jax.training.loss import summed_loss
 from alibi_jax.training.state import Params, TrainState
 from alibi_jax.typing import Array, Float, Int
 
@@ -40,8 +40,10 @@ def make_train_step(
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None):
         model = nnx.merge(graphdef, params)
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        logits = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1], key=key)
-        return summed_loss(logits, tokens, segment_ids, z_loss)
+        losses = model.token_losses(
+            tokens[:, :-1], tokens[:, 1:], segment_ids=segment_ids[:, :-1], key=key
+        )
+        return summed_loss(losses, segment_ids, z_loss)
 
     def gradients(params: Params, batch: Batch, key: jax.Array | None):
         (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
@@ -114,6 +116,6 @@ def make_loss_fn(
     def losses(params, tokens, segment_ids=None):
         model = nnx.merge(graphdef, params)
         ids = None if segment_ids is None else segment_ids[:, :-1]
-        return token_losses(model(tokens[:, :-1], segment_ids=ids), tokens[:, 1:])
+        return model.token_losses(tokens[:, :-1], tokens[:, 1:], segment_ids=ids)[0]
 
     return losses

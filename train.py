@@ -56,6 +56,7 @@ def run(config: Config, directory: Path) -> None:
         # Train short.
         program = loop.compile_program(config, mesh)
         print_once(resolved(config, corpus, mesh, program))
+        distributed.wait_for_all()
         state, complete = loop.train(config, corpus, program, directory)
         if not complete:
             print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
@@ -164,7 +165,7 @@ def main(arguments: list[str]) -> int:
         return fail(1, error)
     except jax.errors.JaxRuntimeError as error:
         if distributed.is_lost_peer(error):
-            return distributed.end_lost()
+            return distributed.end_lost(error)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return fail(

@@ -64,6 +64,7 @@ def run(config: Config, directory: Path, profile: str | None) -> None:
         with clock.spend("compile"):
             program = loop.compile_program(config, mesh)
         print_once(resolved(config, corpus, mesh, program))
+        distributed.wait_for_all()
         state, complete = loop.train(
             config, corpus, program, directory, clock=clock, profile=traced
         )
@@ -179,7 +180,7 @@ def main(arguments: list[str]) -> int:
         return fail(1, error)
     except jax.errors.JaxRuntimeError as error:
         if distributed.is_lost_peer(error):
-            return distributed.end_lost()
+            return distributed.end_lost(error)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return fail(

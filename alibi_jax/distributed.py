@@ -41,13 +41,13 @@ FLAGS = ("coordinator_address", "num_processes", "process_id")  # of jax.distrib
 _HEARTBEAT_SECONDS = 40  # without a sign of life a process counts as lost
 _START_SECONDS = 300  # for all processes to come
 _LOOK_SECONDS = 1.0  # between looks for failures of others
-_LEAVE_SECONDS = 10.0  # for the others to see a failure before the coordinator goes
+_LEAVE_SECONDS = 5.0  # for the others to see a failure before the coordinator goes
 _FAILURE, _LEFT = "alibi_jax/failure", "alibi_jax/left"  # folders of the coordination service
 _AGAIN = "start all processes again with the same command, which goes on from the last checkpoint"
 _LOST = f"error: another process of this run was lost: {_AGAIN}"
 _ABORTED = f"error: JAX aborted, most likely because another process of this run was lost: {_AGAIN}"
 
-_numbers = itertools.count()  # of `from_main`'s calls, the same in every process
+_numbers = itertools.count()  # of values and barriers, the same in every process
 _ending = threading.Lock()  # taken once, by whoever ends this process
 _finished = threading.Event()
 
@@ -125,6 +125,16 @@ def main_first(function: Callable[[], T]) -> T:
     return values[0] if values else function()
 
 
+def wait_for_all() -> None:
+    """Waits, for as long as it takes, until every process is here.
+
+    Call it where processes may be far apart in time: the first collectives of a program give up
+    after a short while.
+    """
+    if jax.process_count() > 1:
+        _client().wait_at_barrier(f"alibi_jax/barrier/{next(_numbers)}", 2**31 - 1)
+
+
 def any_process(flag: bool) -> bool:
     """Whether the flag is true on any process; waits for all of them."""
     return bool(multihost_utils.process_allgather(np.array(flag)).any())
@@ -161,9 +171,9 @@ def is_lost_peer(error: Exception) -> bool:
     )
 
 
-def end_lost() -> int:
+def end_lost(error: Exception) -> int:
     """`end`, because another process is gone: with the failure of that one if it said so."""
-    return end(PEER_LOST, _LOST)
+    return end(PEER_LOST, f"{_LOST} ({' '.join(str(error).split())[:300]})")
 
 
 def end(code: int, line: str) -> int:

@@ -21,6 +21,7 @@ from alibi_jax.sharding import MeshConfig, make_mesh
 from alibi_jax.training import checkpoint, goodput
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
+from tests.disks import disk as disk
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 200
@@ -447,6 +448,13 @@ def test_bad_value(command, train, capsys, tmp_path, fields, words):
     assert tree(tmp_path) == {}
 
 
+DISTRIBUTED = [
+    "--config=missing.py",  # met only after these flags
+    "--workdir=W",
+    "--distributed.coordinator_address=localhost:8476",
+    "--distributed.num_processes=2",
+    "--distributed.process_id=1",
+]
 FLAGS = [
     (["--config=missing.py", "--workdir=W"], "--config=missing.py: no such file"),
     (["--workdir=W"], "--config is missing: give --config=FILE and --workdir=DIR"),
@@ -463,6 +471,13 @@ FLAGS = [
     (["--config=C", "--workdir=W", "--profile="], "--profile=: must be START:STOP"),
     (["--config=C", "--workdir=W", "--profile=9:9"], "with 0 <= START < STOP <= 200"),
     (["--config=C", "--workdir=W", "--profile=9:201"], "which is config.training.num_steps"),
+    (DISTRIBUTED[:4], "--distributed.process_id missing: give all of --distributed.coordinator"),
+    ([*DISTRIBUTED, "--distributed.process_id=2"], "process_id=2: must be less than --distr"),
+    ([*DISTRIBUTED, "--distributed.process_id=-1"], "must be an integer of at least 0"),
+    ([*DISTRIBUTED, "--distributed.num_processes=0"], "must be an integer of at least 1"),
+    ([*DISTRIBUTED, "--distributed.coordinator_address=host"], "must be HOST:PORT, of process 0"),
+    ([*DISTRIBUTED, "--distributed.coordinator_address=:8476"], "must be HOST:PORT, of process 0"),
+    ([*DISTRIBUTED, "--distributed.port=1"], "--distributed.port does not exist: it has coord"),
 ]
 
 
@@ -623,6 +638,16 @@ def test_no_directory(command, train, capsys, tmp_path):
     ]:
         refused(capsys, train, [f"--config={command.file}", f"--workdir={workdir}"], words)
     assert tree(tmp_path) == before
+
+
+def test_read_only_disk(command, train, capsys, disk):
+    """The directory is new, or there."""
+    disk.mount("size=64k")
+    (disk.path / "run").mkdir()
+    disk.mount("remount,ro")
+    for workdir in (disk.path / "new", disk.path / "run"):
+        flags = [f"--config={command.file}", f"--workdir={workdir}"]
+        refused(capsys, train, flags, f"cannot be written in {workdir.parent}")
 
 
 def test_one_line_from_the_process_too(command, tmp_path):

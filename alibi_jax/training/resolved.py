@@ -27,7 +27,8 @@ def resolved(config: Config, corpus: Corpus, mesh: Mesh, program: Program) -> st
     params, optimizer = program.state.params, program.state.opt_state
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     rows = {
-        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         "mesh": ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         "data": f"{config.data.source}: {splits} documents; {corpus.tokenizer.vocab_size} tokens",
         "batch": f"{batch} sequences × {length} tokens{microbatches}; {per_device} a device",

@@ -12,6 +12,7 @@ import zstandard
 
 from alibi_jax.data import DataConfig, load_corpus, sources
 from alibi_jax.errors import UserError
+from tests.disks import disk as disk
 
 LINE = b'{"title": "a", "text": "some text"}\n'
 
@@ -148,6 +149,20 @@ def test_unwritable_cache(tmp_path):
         DataConfig(source=f"files:{tmp_path}/*.txt", cache_dir=str(tmp_path / "cache")),
         "cache_dir: cannot write .*set cache_dir",
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("size=8k", "cannot write .*No space left on device.*set cache_dir"),
+        ("size=8k,ro", "cannot write .*Read-only file system.*set cache_dir"),
+    ],
+)
+def test_cache_on_a_bad_disk(tmp_path, disk, options, words):
+    disk.mount(options)
+    (tmp_path / "a.txt").write_text("text " * 9999)
+    refused(DataConfig(source=f"files:{tmp_path}/*.txt", cache_dir=str(disk.path / "cache")), words)
+    assert not list(disk.path.rglob(".unfinished-*"))
 
 
 @pytest.mark.parametrize(

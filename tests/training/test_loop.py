@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alibi_jax.errors import UserError
-from alibi_jax.training import checkpoint, loop
+from alibi_jax.training import checkpoint, loop, workdir
 from alibi_jax.training.goodput import Clock
 from alibi_jax.training.logs import Logs
 from alibi_jax.training.state import TrainState
+from tests.disks import disk as disk
 
 
 class FakeRun:
@@ -358,3 +359,20 @@ def test_validation_compiles_once_and_before_training(config, corpus, changed, m
     lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert sum("validation_loss" in line for line in lines) == 2
     assert len(compiled) == 1
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("size", "some"), [(40, False), (100, True)])
+def test_full_disk(make_run, undisturbed, disk, size, some):
+    """A real one, with room for no checkpoint or for some; then it gets more."""
+    disk.mount(f"size={size}k")
+    run = make_run()
+    run.folder = disk.path / "run"
+    run.folder.mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*: free some space") as caught:
+        run.train()
+    assert "\n" not in str(caught.value)
+    assert bool(workdir.checkpoint_steps(run.folder / "checkpoints")) == some
+    disk.mount("remount,size=16m")
+    same(run, undisturbed)

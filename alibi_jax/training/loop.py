@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from alibi_jax import data
@@ -40,9 +42,22 @@ class Program(NamedTuple):
     compile_seconds: float
 
 
-def compile_program(config: Config, mesh: Mesh) -> Program:
-    """Compiles the training step ahead of time. Call it under `jax.set_mesh(mesh)`."""
-    start = time.perf_counter()
+class LoweredStep(NamedTuple):
+    """A training step before XLA compiles it, with what it reads."""
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    state: TrainState  # shapes, dtypes and shardings
+    batch: Batch  # shapes, dtypes and shardings
+    batch_sharding: NamedSharding
+    step: jax.stages.Lowered
+
+
+def lower_step(config: Config, mesh: Mesh) -> LoweredStep:
+    """Traces the training step for the devices of a mesh, which need not be here.
+
+    Call it under `jax.set_mesh(mesh)`.
+    """
     training = config.training
     optimizer = make_optimizer(config.optimizer, training.num_steps)
     graphdef, abstract = abstract_state(config.model, optimizer, training.seed, mesh)
@@ -55,22 +70,31 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         use_dropout=config.model.dropout > 0.0,
     )
     partition = spec("batch", None)
-    assert partition is not None, "compile_program needs a mesh"
+    assert partition is not None, "lower_step needs a mesh"
     sharding = NamedSharding(mesh, partition)
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    compiled = step.lower(abstract, {"tokens": ids, "segment_ids": ids}).compile()
+    batch: Any = {"tokens": ids, "segment_ids": ids}
+    lowered = step.lower(abstract, batch)
+    return LoweredStep(graphdef, optimizer, abstract, batch, sharding, lowered)
+
+
+def compile_program(config: Config, mesh: Mesh) -> Program:
+    """Compiles the training step ahead of time. Call it under `jax.set_mesh(mesh)`."""
+    start = time.perf_counter()
+    lowered = lower_step(config, mesh)
+    compiled = lowered.step.compile()
     memory = compiled.memory_analysis()
 
     def init() -> TrainState:
-        return init_state(config.model, optimizer, training.seed, mesh)[1]
+        return init_state(config.model, lowered.optimizer, config.training.seed, mesh)[1]
 
     return Program(
-        state=abstract,
+        state=lowered.state,
         init=init,
         step=compiled,
-        loss_fn=make_loss_fn(graphdef),
-        batch_sharding=sharding,
+        loss_fn=make_loss_fn(lowered.graphdef),
+        batch_sharding=lowered.batch_sharding,
         temporary_bytes=getattr(memory, "temp_size_in_bytes", 0),
         compile_seconds=time.perf_counter() - start,
     )

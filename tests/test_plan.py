@@ -15,7 +15,7 @@ from alibi_jax.data import DataConfig
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import EvaluationConfig
 from alibi_jax.models import DecoderConfig
-from alibi_jax.sharding import MeshConfig
+from alibi_jax.sharding import MeshConfig, make_mesh
 from alibi_jax.training.chips import CHIPS, GIB, Topology, parse_topology
 
 needs_libtpu = pytest.mark.skipif(
@@ -160,32 +160,48 @@ def test_the_evaluation_takes_the_tpu_kernel(found):
 
 
 @needs_libtpu
-def test_a_model_too_large_is_refused_with_what_fits():
-    config = dataclasses.replace(
-        TINY,
-        model=DecoderConfig(
-            num_layers=1, embed_dim=256, num_heads=2, vocab_size=2**17, dtype="bfloat16", remat=True
-        ),
-        data=DataConfig(sequence_length=256, batch_size=512),
-        evaluation=EvaluationConfig(multiples=(1,), tokens_per_batch=4096),
-        mesh=MeshConfig(data=1, fsdp=4),
-    )
-    lines = []
-    found = plan.plan(config, parse_topology("v5e:2x2"), lines.append)
-    memory = found.step.memory
-    logits = 512 / 4 * 256 * 2**17 * 4
-    assert memory.total > logits > memory.usable
-    assert not memory.fits
-    assert found.step.work is None
-    settings = found.suggestion
-    assert list(settings) == ["training.gradient_accumulation"]
-    assert found.tries[-1]["total"] <= memory.usable
+def test_a_step_too_large_says_how_much_it_needs():
+    config = plan.replace(TINY, {"model.vocab_size": 2**17, "data.batch_size": 1024})
+    topology, lines = parse_topology("v5e:2x2"), []
+    mesh = make_mesh(config.mesh, plan.slice_devices(topology))
+    step, *_ = plan.compile_step(config, topology, mesh, lines.append)
+    logits = 1024 / 4 * LENGTH * 2**17 * 4
+    assert step.memory.total > logits > step.memory.usable
+    assert not step.memory.fits
+    assert step.work is None
+    assert f"does not fit, {step.memory.total / GIB:.2f} GiB of 15.75 GiB" in lines[-1]
+
+
+@pytest.mark.parametrize("parts", [4, 1024])
+def test_the_first_settings_that_fit_are_suggested(monkeypatch, parts):
+    """With a compiler in which only microbatches help."""
+
+    def compile_step(config, topology, mesh, log):
+        size = 15.75 * GIB * parts / config.training.gradient_accumulation
+        memory = plan.Memory(0, 0, 0, size, 0, 15.75 * GIB)
+        return plan.Compiled(64, LENGTH, memory, None, 1.0), None, ()
+
+    monkeypatch.setattr(plan, "compile_step", compile_step)
+    monkeypatch.setattr(plan, "compile_evaluation", lambda *_: compile_step(*_[:2], None, None)[0])
+    monkeypatch.setattr(plan, "slice_devices", lambda topology: jax.devices()[:4])
+    config = plan.replace(TINY, {"data.batch_size": 64})
+    found = plan.plan(config, parse_topology("v5e:2x2"))
     text = plan.table(found)
     assert "DOES NOT FIT" in text
-    parts = settings["training.gradient_accumulation"]
-    assert f"It fits with --config.training.gradient_accumulation={parts}" in text
-    assert sum("does not fit" in line for line in lines) == len(found.tries)
-    assert json.loads(json.dumps(found.to_dict()))["suggestion"] == settings
+    record = json.loads(json.dumps(found.to_dict()))
+    assert not record["fits"]
+    if parts > 16:
+        # Shards, recomputation, 2 to 16 microbatches, and shards of the two heads.
+        assert [tried["fits"] for tried in found.tries] == 7 * [False]
+        assert found.suggestion is None
+        assert "Nothing that was tried fits (7 settings): take a larger slice" in text
+        return
+    assert [tried["fits"] for tried in found.tries] == 3 * [False] + [True]
+    assert record["suggestion"]["training.gradient_accumulation"] == 4
+    assert (
+        "It fits with --config.mesh.data=1 --config.mesh.fsdp=4 --config.mesh.tensor=1 "
+        "--config.model.remat=true --config.training.gradient_accumulation=4 (15.75 GiB)." in text
+    )
 
 
 def test_what_xla_says_of_memory():
@@ -233,19 +249,22 @@ def config_file(tmp_path):
 
 
 @needs_libtpu
-def test_the_command(config_file, tmp_path, capsys):
+def test_the_command(found, config_file, tmp_path, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(plan, "plan", lambda *given: asked.append(given) or found)
     output = tmp_path / "plan.json"
-    flags = ["--config.evaluation.multiples=1", "--config.training.validate_every=0"]
-    command = ["plan", f"--config={config_file}", "--topology", "v6e:1x1", f"--json={output}"]
-    assert cli.main([*command, *flags]) == 0
-    printed = capsys.readouterr()
-    assert "v6e:1x1: 1 × TPU v6 lite" in printed.out
-    assert "of 31.25 GiB: fits" in printed.out
-    assert "compiling the training step, 16 × 128 tokens" in printed.err
+    command = ["plan", f"--config={config_file}", "--topology", "v5e:2x2", f"--json={output}"]
+    assert cli.main([*command, "--config.model.num_layers=3"]) == 0
+    (config, topology, _), *_ = asked
+    assert config.model.num_layers == 3
+    assert str(topology) == "v5e:2x2"
+    printed = capsys.readouterr().out
+    assert "v5e:2x2: 4 × TPU v5 lite; data=2, fsdp=2, tensor=1" in printed
+    assert "MiB of 15.75 GiB: fits" in printed
     record = json.loads(output.read_text())
     assert record["fits"]
-    assert record["step"]["work"]["received_bytes"] == {}
-    assert record["step"]["work"]["seconds"]["network"] == 0
+    assert record["step"]["memory"]["parameters"] == found.step.memory.parameters
+    assert record["floor_seconds"] == max(record["step"]["work"]["seconds"].values())
 
 
 @pytest.mark.parametrize(

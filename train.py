@@ -1,7 +1,7 @@
 """Train short, then test long: the main job.
 
-  python train.py --config=configs/NAME.py[:VARIANT] --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
-                  [--profile=START:STOP]
+  python train.py --config=configs/NAME.py[:VARIANT] --workdir=DIR
+                  [--config.SECTION.FIELD=VALUE ...] [--profile=START:STOP]
 
 Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes
 on exactly where it was. `--help` with a config lists every field. `--profile` traces the STOP-START
@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 
 from alibi_jax import data, distributed, evaluation
+from alibi_jax.cli import parse_flags
 from alibi_jax.config import Config, describe, load_config
 from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
@@ -126,24 +127,14 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=model)
 
 
+FLAGS = ("--config", "--workdir", "--profile", "--config.", "--distributed.")
+
+
 def parse(arguments: list[str]) -> dict[str, str] | None:
     """Values of the flags; None after printing help."""
-    flags: dict[str, str] = {}
-    words = list(arguments)
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        if name in ("--help", "-h"):
-            flags["--help"] = ""
-            continue
-        known = name in ("--config", "--workdir", "--profile")
-        require(
-            known or name.startswith(("--config.", "--distributed.")),
-            f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE, "
-            "--profile=START:STOP",
-        )
-        require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
-        flags[name] = value if equals else words.pop(0)
-    if "--help" in flags or not arguments:
+    words = [word for word in arguments if word not in ("--help", "-h")]
+    flags = parse_flags(words, FLAGS)
+    if len(words) < len(arguments) or not arguments:
         print(__doc__)
         if "--config" in flags:
             print("\n".join(describe(load_config(flags["--config"], {}))))

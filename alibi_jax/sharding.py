@@ -6,6 +6,7 @@ Without a mesh (a notebook, a test, one device) `spec` is None and nothing is sh
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,9 +54,14 @@ class MeshConfig:
         return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices, with explicit axis types; raises UserError if it cannot be."""
-    return jax.make_mesh(config.sizes(jax.device_count()), MESH_AXES)
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over the devices, by default all, with explicit axis types.
+
+    Raises:
+      UserError: the sizes do not fill the devices.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh(config.sizes(count), MESH_AXES, devices=devices)
 
 
 def spec(*axes: str | None) -> PartitionSpec | None:
@@ -63,6 +69,15 @@ def spec(*axes: str | None) -> PartitionSpec | None:
     if jax.sharding.get_abstract_mesh().empty:
         return None
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+
+
+def bytes_on_device(tree: Any) -> int:
+    """Bytes that one device holds of a tree of arrays or `ShapeDtypeStruct`s, without padding."""
+
+    def local(leaf: Any) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return sum(map(local, jax.tree.leaves(tree)))
 
 
 def replicate(x: jax.Array) -> jax.Array:

@@ -38,6 +38,11 @@ def _placement(*axes: str | None):
     return None if partition is None else jax.sharding.NamedSharding(mesh, partition)
 
 
+def _broadcast(param: jax.Array, x: jax.Array) -> jax.Array:
+    # Sharded as x. Were it replicated, its gradient would gather the activations of all devices.
+    return jnp.broadcast_to(param, x.shape, out_sharding=jax.typeof(x).sharding)
+
+
 class Norm(nnx.Module):
     """LayerNorm or RMSNorm over the last `ndim` axes, computed in float32."""
 
@@ -55,9 +60,9 @@ class Norm(nnx.Module):
         if self.center:
             y = y - jnp.mean(y, dims, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), dims, keepdims=True) + self.eps)
-        y = y * jnp.broadcast_to(self.scale[...], y.shape)
+        y = y * _broadcast(self.scale[...], y)
         if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias[...], y.shape)
+            y = y + _broadcast(self.bias[...], y)
         return y.astype(x.dtype)
 
 
@@ -94,7 +99,7 @@ class Linear(nnx.Module):
             self.equation, x, self.kernel[...].astype(x.dtype), out_sharding=out_sharding
         )
         if self.bias is not None:
-            y = y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
+            y = y + _broadcast(self.bias[...].astype(x.dtype), y)
         return y
 
 

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from alibi_jax import data
@@ -18,7 +20,8 @@ from alibi_jax.distributed import any_process, make_vote, print_once
 from alibi_jax.errors import UserError
 from alibi_jax.sharding import local_rows, spec, to_devices, to_host
 from alibi_jax.training import checkpoint, workdir
-from alibi_jax.training.flops import flops_per_token, peak_flops
+from alibi_jax.training.chips import peak_flops
+from alibi_jax.training.flops import flops_per_token
 from alibi_jax.training.goodput import Clock
 from alibi_jax.training.logs import Logs
 from alibi_jax.training.loss import target_mask
@@ -46,12 +49,22 @@ class Program(NamedTuple):
     compile_seconds: float
 
 
-def compile_program(config: Config, mesh: Mesh) -> Program:
-    """Compiles the training step, and the losses that validation needs, ahead of time.
+class LoweredStep(NamedTuple):
+    """A training step before XLA compiles it, with what it reads."""
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    state: TrainState  # shapes, dtypes and shardings
+    batch: Batch  # shapes, dtypes and shardings
+    batch_sharding: NamedSharding
+    step: jax.stages.Lowered
+
+
+def lower_step(config: Config, mesh: Mesh) -> LoweredStep:
+    """Traces the training step for the devices of a mesh, which need not be here.
 
     Call it under `jax.set_mesh(mesh)`.
     """
-    start = time.perf_counter()
     training = config.training
     optimizer = make_optimizer(config.optimizer, training.num_steps)
     graphdef, abstract = abstract_state(config.model, optimizer, training.seed, mesh)
@@ -65,25 +78,38 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         skip_nonfinite=training.on_nonfinite == "skip",
     )
     partition = spec("batch", None)
-    assert partition is not None, "compile_program needs a mesh"
+    assert partition is not None, "lower_step needs a mesh"
     sharding = NamedSharding(mesh, partition)
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    compiled = step.lower(abstract, {"tokens": ids, "segment_ids": ids}).compile()
+    batch: Any = {"tokens": ids, "segment_ids": ids}
+    lowered = step.lower(abstract, batch)
+    return LoweredStep(graphdef, optimizer, abstract, batch, sharding, lowered)
+
+
+def compile_program(config: Config, mesh: Mesh) -> Program:
+    """Compiles the training step, and the losses that validation needs, ahead of time.
+
+    Call it under `jax.set_mesh(mesh)`.
+    """
+    start = time.perf_counter()
+    lowered = lower_step(config, mesh)
+    compiled = lowered.step.compile()
     memory = compiled.memory_analysis()
-    loss_fn = make_loss_fn(graphdef)
-    if training.validate_every:
-        loss_fn.lower(abstract.params, ids, ids).compile()  # a call of this shape finds it
+    loss_fn = make_loss_fn(lowered.graphdef)
+    if config.training.validate_every:
+        # A call of this shape finds it.
+        loss_fn.lower(lowered.state.params, *lowered.batch.values()).compile()
 
     def init() -> TrainState:
-        return init_state(config.model, optimizer, training.seed, mesh)[1]
+        return init_state(config.model, lowered.optimizer, config.training.seed, mesh)[1]
 
     return Program(
-        state=abstract,
+        state=lowered.state,
         init=init,
         step=compiled,
         loss_fn=loss_fn,
-        batch_sharding=sharding,
+        batch_sharding=lowered.batch_sharding,
         temporary_bytes=getattr(memory, "temp_size_in_bytes", 0),
         compile_seconds=time.perf_counter() - start,
     )

@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from alibi_jax.models import Decoder, DecoderConfig
-from alibi_jax.training.flops import flops_per_token, peak_flops
+from alibi_jax.training.chips import peak_flops
+from alibi_jax.training.flops import flops_per_token
 
 BATCH, LENGTH = 3, 24
 

@@ -461,8 +461,8 @@ FLAGS = [
     (["--config=C"], "--workdir is missing: give --config=FILE and --workdir=DIR"),
     (["--config=C", "--workdir="], "--workdir is missing"),
     (["--config=C", "--workdir"], "--workdir needs a value: --workdir=VALUE"),
-    (["--config=C", "--workdir=W", "--seed=1"], "--seed is not known: give"),
-    (["--config=C", "--workdir=W", "extra"], "extra is not known: give"),
+    (["--config=C", "--workdir=W", "--seed=1"], "--seed is not known: there is"),
+    (["--config=C", "--workdir=W", "extra"], "extra is not known: there is"),
     (["--config=C", "--workdir=W", "--config.training.seed"], "needs a value"),
     (["--config=C", "--workdir=W", "--config.=1"], "does not exist: it has model, data"),
     (["--config=C", "--workdir=W", "--configs=1"], "--configs is not known"),
@@ -492,7 +492,7 @@ def test_bad_flags(command, train, capsys, tmp_path, monkeypatch, flags, words):
 def test_help(command, train, capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert train.main(arguments) == 0
-        assert "--config=configs/NAME.py --workdir=DIR" in capsys.readouterr().out
+        assert "--config=configs/NAME.py[:VARIANT] --workdir=DIR" in capsys.readouterr().out
     assert train.main(["--help", f"--config={command.file}"]) == 0
     out = capsys.readouterr().out
     assert "--config.model.num_layers=1\n" in out and "--config.evaluation.multiples=1,2\n" in out

@@ -65,7 +65,8 @@ class Decoder(nnx.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         batch, length = tokens.shape
         index = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
-        x = replicate(self.embedding[...]).at[tokens].get(out_sharding=spec("batch", None, None))
+        embedding = replicate(self.embedding[...])
+        x = embedding.at[tokens].get(out_sharding=spec("batch", "length", None))
         x = (config.embed_scale * x).astype(dtype)
         x = self.position.embed(x, index if positions is None else positions)
         if self.embed_norm is not None:
@@ -96,6 +97,6 @@ class Decoder(nnx.Module):
             self.final_norm(x),
             head[...].astype(dtype),
             preferred_element_type=jnp.float32,
-            out_sharding=spec("batch", None, None),
+            out_sharding=spec("batch", "length", None),
         )
         return config.logit_scale * logits

@@ -89,7 +89,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """The projection of x."""
-        out_sharding = spec("batch", None, *self.out_axes)
+        out_sharding = spec("batch", "length", *self.out_axes)
         y = jnp.einsum(
             self.equation, x, self.kernel[...].astype(x.dtype), out_sharding=out_sharding
         )
@@ -200,7 +200,9 @@ def dropout(x: Activations, rate: float, key: jax.Array | None) -> Activations:
     """Inverted dropout; the identity when there is no key (evaluation) or the rate is 0."""
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec("batch", None, None))
+    keep = jax.random.bernoulli(
+        key, 1.0 - rate, x.shape, out_sharding=spec("batch", "length", None)
+    )
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 

@@ -64,6 +64,8 @@ def refusal(case: Case) -> str | None:
         return f"takes bfloat16 and float32, not {case.dtype}"
     if max(case.head_dim, case.value_dim) > 256:
         return f"takes head dims up to 256, not {max(case.head_dim, case.value_dim)}"
+    if case.length_sharded:
+        return "needs whole sequences, and these are divided over devices"
     return None
 
 

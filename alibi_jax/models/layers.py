@@ -94,7 +94,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """The projection of x."""
-        out_sharding = spec("batch", None, *self.out_axes)
+        out_sharding = spec("batch", "length", *self.out_axes)
         y = jnp.einsum(
             self.equation, x, self.kernel[...].astype(x.dtype), out_sharding=out_sharding
         )
@@ -212,7 +212,8 @@ def dropout(
     """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec("batch", None, axis))
+    sharding = spec("batch", "length", axis)
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=sharding)
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 

@@ -239,19 +239,21 @@ PASSES = Passes(_forward, _backward)
 def _over_keys(
     plan: Plan, first: Array, end: Array, step: Callable[..., Any], carry: tuple[Array, ...]
 ) -> tuple[Array, ...]:
-    """Run `step(start, size, carry)` over tiles first to end, STEP keys at a time where it can."""
-    tiles = -(-plan.key_length // plan.key_tile)
-    size, tiles = plan.key_tile, -(-plan.key_length // plan.key_tile)
-    many = max(min(STEP // size, tiles), 1)
-    middle = first + (end - first) % many
-    if many > 1:
-        carry = jax.lax.fori_loop(first, middle, lambda j, c: step(j * size, size, c), carry)
-    return jax.lax.fori_loop(
-        0,
-        (end - middle) // many,
-        lambda j, c: step((middle + j * many) * size, many * size, c),
-        carry,
-    )
+    """Run `step(start, size, carry)` over key tiles first to end.
+
+    It takes STEP keys at a time, and what is then left in halves of that: a tile alone is too small
+    a product for two cores.
+    """
+    count = max(min(STEP, plan.key_length) // plan.key_tile, 1)
+    while count:
+        num_steps = (end - first) // count
+
+        def run(j: Array, carry: Any, first: Array = first, count: int = count) -> Any:
+            return step((first + j * count) * plan.key_tile, count * plan.key_tile, carry)
+
+        carry = jax.lax.fori_loop(0, num_steps, run, carry)
+        first, count = first + num_steps * count, count // 2
+    return carry
 
 
 def _tile_bias(

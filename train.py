@@ -59,6 +59,7 @@ def run(config: Config, directory: Path) -> None:
         distributed.wait_for_all()
         state, complete = loop.train(config, corpus, program, directory)
         if not complete:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
             print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
             return
 

@@ -70,7 +70,7 @@ def initialize(flags: dict[str, str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     _on_abort(
         f"error: the processes of this run did not all come within {_START_SECONDS} seconds: start "
-        f"every one, with the same --distributed.{FLAGS[0]} and --distributed.{FLAGS[1]}"
+        "every one, with the same address of process 0 and the same number of processes"
     )
     try:
         jax.distributed.initialize(

@@ -196,7 +196,7 @@ def test_two_processes_do_what_one_does(alone, pair):
 
 
 def test_four_processes_go_on_and_stop_together(folder, alone, tmp_path):
-    """From what one process saved, on a mesh where processes share rows; a signal to one stops all.
+    """From what one process saved, on a mesh where they share rows; a signal to some stops all.
 
     Then one process goes on, on yet another mesh.
     """
@@ -211,6 +211,8 @@ def test_four_processes_go_on_and_stop_together(folder, alone, tmp_path):
     with Processes(folder, 4, workdir, *mesh) as processes:
         wait_for_step(processes.processes[0], workdir, 15)
         processes.processes[2].send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+        processes.processes[1].send_signal(signal.SIGTERM)
         codes, outs, errs = processes.wait()
     assert codes == [0] * 4, errs
     assert "resuming at step 10 of" in outs[0] and "4 processes" in outs[0]

@@ -259,16 +259,16 @@ def _check_port(given: dict[str, Any]) -> None:
     """The service crashes where the port is taken."""
     if given.get("process_id") != 0 or "coordinator_address" not in given:
         return
-    address = given["coordinator_address"]
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the service does
-        try:
-            probe.bind(("::", int(address.rpartition(":")[2])))
-        except OSError as error:
-            raise UserError(
-                f"--distributed.coordinator_address={address}: the port cannot be used "
-                f"({error.strerror}): choose another, the same for all processes"
-            ) from error
+    address, dual = given["coordinator_address"], socket.has_dualstack_ipv6()
+    everywhere = ("", int(address.rpartition(":")[2]))
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(everywhere, family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise UserError(
+            f"--distributed.coordinator_address={address}: the port cannot be used "
+            f"({error.strerror}): choose another, the same for all processes"
+        ) from error
 
 
 def _watch() -> None:

@@ -25,14 +25,13 @@ from alibi_jax.training import checkpoint
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
 from tests.disks import disk as disk
-from tests.test_train import CONFIG, last_step, load_train, metrics, wait_for_step
+from tests.test_train import CONFIG, last_step, load_train, metrics
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[1]
 KILLS = int(os.environ.get("ALIBI_JAX_KILLS", "3"))  # of the last test; each costs a start
 STEPS = max(60, 6 * KILLS)
-SURVIVORS_END = 60.0  # seconds
 
 
 class Processes:
@@ -145,6 +144,13 @@ def pair(folder):
     return folder / "pair", outs, errs
 
 
+def wait_for_step(processes, workdir, step):
+    """Waits as long as all processes live."""
+    while last_step(workdir) < step:
+        assert all(process.poll() is None for process in processes.processes), processes.wait()
+        time.sleep(0.02)
+
+
 def same_curve(folder, other):
     """All losses agree, up to the rounding of sums in another order."""
     lines, expected = metrics(folder), metrics(other)
@@ -213,7 +219,7 @@ def test_four_processes_go_on_and_stop_together(folder, alone, tmp_path):
     (workdir / "metrics.jsonl").write_text("".join(lines[:10]))
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
     with Processes(folder, 4, workdir, *mesh, devices=2) as processes:
-        wait_for_step(processes.processes[0], workdir, 15)
+        wait_for_step(processes, workdir, 15)
         processes.processes[2].send_signal(signal.SIGTERM)
         time.sleep(0.1)
         processes.processes[1].send_signal(signal.SIGTERM)
@@ -284,13 +290,13 @@ def test_killed_and_resumed(folder, pair, tmp_path):
                     time.sleep(0.01)
             else:
                 target = min(reached + rng.randint(1, share), STEPS - 10)
-                wait_for_step(both.processes[0], workdir, target)
+                wait_for_step(both, workdir, target)
                 time.sleep(rng.uniform(0.0, 0.1))
             started = last_step(workdir) > reached
             killed.kill()
             if not started:  # the other may still wait for it to join: the scheduler ends it
                 survivor.kill()
-            _, err = survivor.communicate(timeout=SURVIVORS_END)
+            _, err = survivor.communicate(timeout=900)
         print(f"kill {number}: process {victim}, at step {last_step(workdir)}")
         assert killed.returncode == -signal.SIGKILL  # it was alive until then
         if started:

@@ -40,7 +40,7 @@ FLAGS = ("coordinator_address", "num_processes", "process_id")  # of jax.distrib
 
 _HEARTBEAT_SECONDS = 40  # without a sign of life a process counts as lost
 _START_SECONDS = 300  # for all processes to come
-_LOOK_SECONDS = 1.0  # between looks for failures of others
+_LOOK_SECONDS = 2.0  # between looks for failures of others
 _LEAVE_SECONDS = 5.0  # for the others to see a failure before the coordinator goes
 _FAILURE, _LEFT = "alibi_jax/failure", "alibi_jax/left"  # folders of the coordination service
 _AGAIN = "start all processes again with the same command, which goes on from the last checkpoint"

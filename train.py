@@ -70,6 +70,7 @@ def run(config: Config, directory: Path, profile: str | None) -> None:
             config, corpus, program, directory, clock=clock, profile=traced
         )
         if not complete:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
             print_once(goodput.table(clock.record()))
             print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
             return

@@ -197,6 +197,24 @@ def test_checkpoints_of_nobody(tmp_path, config):
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
 
 
+def test_a_second_process(tmp_path, config, changed, monkeypatch):
+    """It writes nothing, and must be of the same run and see the same directory."""
+    other = tmp_path / "other"
+    monkeypatch.setattr(workdir, "_SEEN_SECONDS", 0.0)
+    record = json.loads(json.dumps({"config": config.to_dict(), "stream": STREAM}))
+    monkeypatch.setattr(workdir.distributed, "from_main", lambda function: record)
+    with pytest.raises(UserError, match=r"does not see what process 0 wrote in .* all processes"):
+        workdir.claim(other, config, STREAM)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("")
+    workdir.claim(tmp_path / "run", config, STREAM)
+    assert (tmp_path / "run" / "config.json").read_text() == "" and not other.exists()
+    with pytest.raises(UserError, match="started with another data than process 0: give all"):
+        workdir.claim(tmp_path / "run", config, STREAM | {"corpus": "other"})
+    with pytest.raises(UserError, match="started with another config than process 0: give all"):
+        workdir.claim(tmp_path / "run", changed(config, training={"seed": 9}), STREAM)
+
+
 def test_another_run_where_nothing_was_saved(tmp_path, config, changed):
     workdir.claim(tmp_path, config, STREAM)
     other = changed(config, training={"seed": 1})

@@ -186,16 +186,11 @@ def test_end_to_end(command, finished):
     assert [line["step"] for line in train] == list(range(10, STEPS + 1, 10))
     assert [line["step"] for line in validation] == [50, 100, 150, 200]
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
+    verdict = result["verdict"]["text"]
     spent = json.loads((folder / "goodput.json").read_text())["seconds"]
     assert all(spent[name] > 0 for name in goodput.ACTIVITIES)
     assert f"wall time {sum(spent.values()):,.1f} s, " in out
-    for words in (
-        "mesh",
-        "parameters",
-        "a step: p50",
-        "validation loss",
-        result["verdict"]["text"][:30],
-    ):
+    for words in ("mesh", "parameters", "a step: p50", "validation loss", verdict[:30]):
         assert words in out
     assert f"{STEPS}/{STEPS}" in err
 

@@ -305,6 +305,22 @@ def test_diverged(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_skipping_does_not_hide_divergence(command, tmp_path):
+    """A step of finite gradients makes parameters that have none any more: no batch will help."""
+    flags = ("learning_rate=1e3", "weight_decay=1e3", "warmup_steps=0", "schedule=constant")
+    folder, flags = tmp_path / "run", [f"--config.optimizer.{flag}" for flag in flags]
+    out, err = command.run(folder, *flags, "--config.training.on_nonfinite=skip", expect=1)
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and ", as 10 times in a row: stopped; " in line
+    step = int(line.split(" at step ")[1].split(",")[0])
+    skipped = [line for line in out.splitlines() if line.endswith(": skipped")]
+    assert [line.split(":")[0] for line in skipped[-9:]] == [
+        f"step {step - n}" for n in range(9, 0, -1)
+    ]
+    assert metrics(folder)[-1]["step"] == step and metrics(folder)[-1]["skipped"] >= 10
+
+
+@pytest.mark.slow
 def test_full_disk(command, tmp_path):
     """A limit on the size of files stands for it."""
     _, err = command.run(tmp_path / "run", expect=2, limit=16 * 1024)

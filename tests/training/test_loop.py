@@ -294,6 +294,7 @@ def test_skipping_has_an_end(make_run, capsys, good):
     assert run.saved == [5, 10]
 
 
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__:DeprecationWarning")
 def test_profile(make_run, undisturbed):
     """Two steps are traced, and a run that resumes beyond them traces none."""
     run = make_run()

@@ -111,8 +111,8 @@ def run(config: Config, directory: Path, profile: str | None) -> None:
     with workdir.writing(directory):
         evaluation.write_json(summary, directory / "extrapolation.json")
         evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
-        clock.write(directory)
-    print(f"{goodput.table(clock.record())}\n")
+        spent = clock.write(directory)
+    print(f"{goodput.table(spent)}\n")
     print(evaluation.table(summary))
     print(f"\nfigure {directory / 'extrapolation.png'}, numbers {directory / 'extrapolation.json'}")
 

@@ -1,9 +1,10 @@
 """Train short, then test long: the main job.
 
-  python train.py --config=configs/NAME.py[:VARIANT] --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+  python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
 
 Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes
-on exactly where it was. `--help` with a config lists every field.
+on exactly where it was. `--help` with a config lists every field. A file may hold several configs:
+`--config=configs/NAME.py:VARIANT`.
 """
 
 import dataclasses

@@ -17,6 +17,7 @@ from tests.attention import test_tiles
 from tests.attention.naive import close, inputs
 
 blockwise = importlib.import_module("alibi_jax.attention.blockwise")
+pallas_tpu = importlib.import_module("alibi_jax.attention.pallas_tpu")
 AXES = ("data", "tensor", "context")
 
 
@@ -97,6 +98,27 @@ def test_it_is_the_attention_of_one_device(small_tiles, name):
         for x, y in zip(got, expected, strict=True):
             assert x.dtype == jnp.float64 and np.abs(y).max() > 0.1
             np.testing.assert_allclose(x / np.abs(y).max(), y / np.abs(y).max(), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shape", "options"),
+    [
+        ((1, 2, 4), {"length": 44, "key_heads": 2}, {"segment_ids": ids(2, 44)}),
+        ((2, 1, 2), {"length": 48}, {"causal": False}),
+    ],
+)
+def test_kernels_go_round_as_well(monkeypatch, sizes, shape, options):
+    for name, value in (("QUERY_TILE", 8), ("KEY_TILE", 4), ("INTERPRET", True)):
+        monkeypatch.setattr(pallas_tpu, name, value)
+    args = inputs(value_dim=5, **shape)
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(*args[0].shape[:3], 5)))
+    expected = jax.jit(partial(value_and_gradients, implementation="dense", **options))(
+        cotangent, *args
+    )
+    got = on_mesh(sizes, cotangent, *args, implementation="pallas_tpu", **options)
+    for x, y in zip(got, expected, strict=True):
+        size = np.abs(y).max()
+        np.testing.assert_allclose(x / size, y / size, atol=2e-6)
 
 
 def test_16_bit_inputs_lose_no_more_than_on_one_device(small_tiles):
@@ -282,10 +304,10 @@ def test_the_table_is_that_of_the_whole_sequence(monkeypatch):
 def compile_program(mesh, length, *, heads=2, dim=8, dtype="float32", **options):
     """Compile output and gradients of sequences over all devices of a mesh."""
     shapes = [(1, length, heads, dim)] * 4 + [(heads,)]
-    specs = [P(None, "context")] * 4 + [P()]
+    specs, dtypes = [P(None, "context")] * 4 + [P()], [dtype] * 4 + ["float32"]
     args = [
         jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
-        for shape, spec in zip(shapes, specs, strict=True)
+        for shape, dtype, spec in zip(shapes, dtypes, specs, strict=True)
     ]
     with jax.set_mesh(mesh):
         return jax.jit(partial(value_and_gradients, **options)).lower(*args).compile()
@@ -301,11 +323,17 @@ def test_memory_grows_with_length_and_not_its_square():
     assert at_256k < 4.5 * at_64k
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_it_compiles_for_tpus(chip_mesh, causal):
+@pytest.mark.parametrize(
+    ("dtype", "causal", "kernel"),
+    [("bfloat16", True, True), ("bfloat16", False, True), ("float16", True, False)],
+)
+def test_it_compiles_for_tpus(chip_mesh, dtype, causal, kernel):
+    """With kernels of our own where they can serve."""
     mesh = chip_mesh("v5e", (4,), ("context",))
-    text = compile_program(mesh, 4096, dim=128, causal=causal).as_text()
+    text = compile_program(mesh, 4096, dim=128, dtype=dtype, causal=causal).as_text()
     assert "collective-permute-start" in text  # under way while something else is computed
+    for name in ("forward", "query_gradient", "key_gradient"):
+        assert (f"alibi_{name}" in text) == kernel
 
 
 # What it refuses

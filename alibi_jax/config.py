@@ -1,8 +1,9 @@
 """The configuration of a run, and how a file and the command line make one.
 
-A config file is Python with a function `get_config()` that returns a `Config`. On the command line
-`--config.SECTION.FIELD=VALUE` overrides a field. Unknown names, wrong types and impossible values
-end in one line that says what is allowed, before anything is read or allocated.
+A config file is Python with a function `get_config()` that returns a `Config`. A file with
+several names them in `VARIANTS` and takes one, `get_config(variant)`, for --config=FILE:VARIANT. On
+the command line `--config.SECTION.FIELD=VALUE` overrides a field. Unknown names, wrong types and
+impossible values end in one line that says what is allowed, before anything is read or allocated.
 """
 
 import ast
@@ -24,15 +25,16 @@ from alibi_jax.sharding import MeshConfig
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up, a schedule and clipping."""
+    """Clipping, then AdamW or Nesterov's accelerated gradient, with warm-up and a schedule."""
 
+    name: Literal["adamw", "nag"] = "adamw"
     learning_rate: float = 2e-3  # the peak, reached at the end of the warm-up
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
     warmup_steps: int = 50  # steps of linear warm-up from 0
     final_fraction: float = 0.1  # of the peak, reached after the last step (not "constant")
-    beta1: float = 0.9  # decay of the mean of gradients
-    beta2: float = 0.95  # decay of the mean of squared gradients
-    epsilon: float = 1e-8  # added to the denominator
+    beta1: float = 0.9  # decay of the mean of gradients; the momentum of nag
+    beta2: float = 0.95  # adamw: decay of the mean of squared gradients
+    epsilon: float = 1e-8  # adamw: added to the denominator
     weight_decay: float = 0.1  # decoupled; never on norms and biases
     clip_norm: float = 1.0  # largest global norm of the gradient
 
@@ -65,6 +67,9 @@ class TrainingConfig:
     validation_batches: int = 8  # batches of validation data in each such loss
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept
+    # What a loss or gradient that is not finite does: "skip" leaves parameters and optimizer as
+    # they were and goes on to the next batch.
+    on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def validate(self) -> None:
         """Raises UserError for values that cannot train."""
@@ -118,6 +123,13 @@ class Config:
                 f"{'fsdp' if name == 'embed_dim' else 'tensor'} axis: use a multiple of {parts}, "
                 "or a smaller axis in config.mesh",
             )
+        narrowest = self.model.band_dims()[-1]
+        require(
+            narrowest % fsdp == 0,
+            f"config.model.adaptive_cutoffs={self.model.adaptive_cutoffs}: embeddings of width "
+            f"{narrowest}, of the last band, do not divide over {fsdp} devices of the fsdp axis: "
+            "use a smaller fsdp axis in config.mesh or a smaller adaptive_factor",
+        )
         require(
             self.optimizer.warmup_steps <= self.training.num_steps,
             f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is more than "
@@ -132,19 +144,30 @@ class Config:
 def load_config(path: str, overrides: dict[str, str]) -> Config:
     """Runs a config file and applies overrides such as {"model.num_layers": "2"}.
 
+    Args:
+      path: The file, or FILE:VARIANT for one of the file's `VARIANTS`.
+      overrides: Values by name.
+
     Raises:
       UserError: the file is missing or fails, or a name or a value is wrong.
     """
-    file = Path(path).expanduser()
+    name, _, variant = (path, "", "") if Path(path).exists() else path.partition(":")
+    file = Path(name).expanduser()
     require(file.is_file(), f"--config={path}: no such file")
     try:
-        get_config = runpy.run_path(str(file)).get("get_config")
+        module = runpy.run_path(str(file))
+        get_config, variants = module.get("get_config"), module.get("VARIANTS", ())
         if not callable(get_config):
             raise UserError(
                 f"--config={path} has no function get_config(): define one that returns an "
                 "alibi_jax.config.Config"
             )
-        config = get_config()
+        known = f"it has {', '.join(variants)}" if variants else f"leave out :{variant}"
+        require(
+            not variant or variant in variants,
+            f"--config={path}: {name} has no variant {variant!r}: {known}",
+        )
+        config = get_config(variant) if variant else get_config()
     except UserError:
         raise
     except (Exception, SystemExit) as error:

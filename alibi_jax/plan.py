@@ -35,13 +35,13 @@ from jax.sharding import Mesh
 
 from alibi_jax.cli import parse_flags
 from alibi_jax.config import Config, load_config
-from alibi_jax.data.config import bpe_vocab_size
+from alibi_jax.data.config import trained_tokenizer
 from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file
 from alibi_jax.errors import UserError, require
-from alibi_jax.models import DecoderConfig
 from alibi_jax.sharding import MESH_AXES, bytes_on_device, make_mesh, spec
 from alibi_jax.training import hlo
 from alibi_jax.training.chips import CHIPS, GIB, Topology, parse_topology
+from alibi_jax.training.flops import flops_per_token
 from alibi_jax.training.loop import lower_step
 from alibi_jax.training.step import make_loss_fn
 
@@ -123,7 +123,7 @@ class Plan:
     mesh: dict[str, int]
     num_parameters: int
     gradient_accumulation: int
-    remat: Any
+    remat: str
     model_flops_per_token: float
     peak_flops: float  # of the slice
     step: Compiled
@@ -182,7 +182,7 @@ def plan(config: Config, topology: Topology, log: Log = lambda text: None) -> Pl
         num_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         gradient_accumulation=config.training.gradient_accumulation,
         remat=config.model.remat,
-        model_flops_per_token=model_flops_per_token(config.model, config.data.sequence_length),
+        model_flops_per_token=flops_per_token(config.model, config.data.sequence_length),
         peak_flops=CHIPS[topology.chip].flops * topology.num_chips,
         step=step,
         evaluation=[
@@ -231,8 +231,11 @@ def with_vocabulary(config: Config) -> Config:
         return config
     config.data.validate()
     tokenizer = config.data.tokenizer
-    size = ByteTokenizer.vocab_size if tokenizer == "bytes" else bpe_vocab_size(tokenizer)
-    if size is None:
+    if tokenizer == "bytes":
+        size = ByteTokenizer.vocab_size
+    elif (trained := trained_tokenizer(tokenizer)) is not None:
+        size = trained[1]
+    else:
         size = load_tokenizer_file(Path(tokenizer).expanduser()).vocab_size
     return replace(config, {"model.vocab_size": size})
 
@@ -249,7 +252,7 @@ def compile_step(
         name = (
             f"the training step, {data.batch_size} × {data.sequence_length} tokens"
             + (f" in {parts} microbatches" if parts > 1 else "")
-            + (", rematerialized" if config.model.remat else "")
+            + (f", remat={config.model.remat}" if config.model.remat != "none" else "")
             + f", on {_mesh(mesh)}"
         )
         compiled = _compile(lowered.step, name, held, topology, log)
@@ -359,22 +362,6 @@ def _causal_product(query: tuple[int, ...], key: tuple[int, ...]) -> float:
     return 2.0 * batch * heads * pairs * dim
 
 
-def model_flops_per_token(config: DecoderConfig, length: int) -> float:
-    """FLOPs of forward and backward a token, in matrix products that the model defines.
-
-    Twice the forward pass is taken for the backward pass; nothing is recomputed; a query sees
-    (length + 1) / 2 keys on average.
-    """
-    c = config
-    assert c.vocab_size is not None
-    heads = c.num_heads * c.head_size
-    attention = 2 * c.embed_dim * (heads + c.kv_heads * c.head_size)
-    mlp = (3 if c.gated_mlp else 2) * c.embed_dim * c.mlp_size
-    weights = c.num_layers * (attention + mlp) + c.embed_dim * c.vocab_size
-    logits_and_mix = 2 * c.num_layers * heads * (length + 1) / 2
-    return 3 * 2 * (weights + logits_and_mix)
-
-
 # When it does not fit
 
 
@@ -427,8 +414,8 @@ def candidates(config: Config, num_devices: int) -> Iterator[dict[str, Any]]:
     if mesh is not None and mesh["mesh.fsdp"] > sizes["fsdp"]:
         settings |= mesh
         yield dict(settings)
-    if not config.model.remat:
-        settings["model.remat"] = True
+    if config.model.remat != "full":
+        settings["model.remat"] = "full"
         yield dict(settings)
     parts = 2 * config.training.gradient_accumulation
     while valid({"training.gradient_accumulation": parts}):
@@ -467,7 +454,7 @@ def table(found: Plan) -> str:
             "step",
             f"{step.batch} × {step.length} = {found.tokens:,} tokens"
             + (f" in {parts} microbatches" if parts > 1 else "")
-            + (", rematerialized" if found.remat else ""),
+            + (f", remat={found.remat}" if found.remat != "none" else ""),
         ),
         ("memory", "of one device"),
         ("  parameters", _gib(memory.parameters)),

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alibi_jax.errors import require
 
@@ -82,3 +84,36 @@ def replicate(x: jax.Array) -> jax.Array:
     """A copy of x on every device of the mesh; x itself when no mesh is set."""
     replicated = spec(*(None,) * x.ndim)
     return x if replicated is None else jax.sharding.reshard(x, replicated)
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
+    """Rows of a global array that the devices of this process hold, ascending int[n].
+
+    Args:
+      sharding: of the array; its other axes may hold copies, so that processes share rows.
+      shape: of the array, rows first.
+    """
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    blocks = {index[0].indices(shape[0]) for index in indices if index is not None}
+    return np.concatenate([np.arange(*block) for block in sorted(blocks)])
+
+
+def to_devices(local: Any, sharding: NamedSharding, num_rows: int) -> Any:
+    """Global arrays of `num_rows` rows, from those rows of them that `local_rows` gives.
+
+    Args:
+      local: a tree of NumPy arrays [n, ...].
+      sharding: of the arrays.
+      num_rows: of the global arrays.
+    """
+
+    def place(x: np.ndarray) -> jax.Array:
+        shape = (num_rows, *x.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, x, shape)
+
+    return jax.tree.map(place, local)
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole of a global array, on every process."""
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

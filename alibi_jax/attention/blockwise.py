@@ -181,7 +181,9 @@ def _attend_backward(plan, kept, cotangent):
         mean = jnp.sum(out * dout, axis=1)
         scaled = q * scale
 
-        # Keys lie along axis 0 here: then all products but the last multiply row-major matrices.
+        # Keys lie along axis 0 here: then all products multiply row-major matrices, once the keys
+        # are transposed for the last. The barrier keeps XLA from undoing that: on a CPU the product
+        # of [s, D] and [s, t] over s runs at four fifths of the speed.
         def step(start, size, carry):
             dq, dslope, dkey, dvalue = carry
             k, v = (_tile(x, b, start, size, h // group).astype(dtype) for x in (key, value))
@@ -194,7 +196,8 @@ def _attend_backward(plan, kept, cotangent):
             dvalue = _update(dvalue, b, start, h // group, _dot(weights, dout, 1, 0), add=True)
             if of_slopes is not None:
                 dslope -= jnp.sum(dlogits * jnp.abs(distance).astype(dtype))
-            return dq + _dot(k, dlogits, 0, 0), dslope, dkey, dvalue
+            transposed = jax.lax.optimization_barrier(k.T)
+            return dq + _dot(transposed, dlogits, 1, 0), dslope, dkey, dvalue
 
         dquery, dscale, dkey, dvalue = grads
         carry = jnp.zeros_like(q.T), jnp.zeros((), dtype), dkey, dvalue

@@ -8,19 +8,21 @@ from typing import Literal
 from alibi_jax.errors import UserError, require
 
 SCHEMES = ("stdlib", "files:", "tfds:")
-SMALLEST_BPE = 257  # the 256 bytes and the separator
+# Smallest vocabularies: the 256 bytes and the separator; unknown words, one word, the separator.
+SMALLEST = {"bpe": 257, "words": 3}
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Where the text comes from and how it becomes batches."""
 
-    # "stdlib": the Python sources on this machine, no download; "files:GLOB": .txt .md .py .jsonl,
-    # also .gz .xz .zst, with {split} for files split already; "tfds:NAME[/CONFIG]".
+    # "stdlib": the Python sources on this machine, no download; "files:GLOB": .txt .md .py .tokens
+    # .jsonl, also .gz .xz .zst, with {split} for files split already; "tfds:NAME[/CONFIG]".
     source: str = "stdlib"
     # Field of a .jsonl line or a TFDS example; None: "text", or the only field that it can be.
     text_field: str | None = None
-    # "bytes", "bpe:VOCAB_SIZE" (trained on the train split), or the path of a tokenizer.json.
+    # "bytes"; "bpe:VOCAB_SIZE" or "words:VOCAB_SIZE", made from the train split (words are what
+    # stands between spaces, and the ends of lines); or the path of a tokenizer.json.
     tokenizer: str = "bytes"
     # "documents": neither attention nor targets cross a document; "stream": one plain stream.
     packing: Literal["documents", "stream"] = "documents"
@@ -40,13 +42,14 @@ class DataConfig:
             require(value >= 1, f"config.data.{name}={value}: must be at least 1")
 
 
-def bpe_vocab_size(spec: str) -> int | None:
-    """Return N of a tokenizer given as "bpe:N", None of any other.
+def trained_tokenizer(spec: str) -> tuple[str, int] | None:
+    """Return kind and vocabulary size of a tokenizer to be made from the text, None of any other.
 
     Args:
         spec: A checked `DataConfig.tokenizer`.
     """
-    return int(spec.removeprefix("bpe:")) if spec.startswith("bpe:") else None
+    kind, colon, size = spec.partition(":")
+    return (kind, int(size)) if colon and kind in SMALLEST else None
 
 
 def _check_source(source: str) -> None:
@@ -74,12 +77,12 @@ def _check_source(source: str) -> None:
 def _check_tokenizer(spec: str) -> None:
     if spec == "bytes":
         return
-    if spec.startswith("bpe:"):
-        size = spec.removeprefix("bpe:")
-        if not (size.isascii() and size.isdigit()) or int(size) < SMALLEST_BPE:
+    kind, colon, size = spec.partition(":")
+    if colon and kind in SMALLEST:
+        if not (size.isascii() and size.isdigit()) or int(size) < SMALLEST[kind]:
             raise UserError(
-                f"config.data.tokenizer={spec!r} is not 'bpe:VOCAB_SIZE' with a whole number of "
-                f"at least {SMALLEST_BPE}; write for instance 'bpe:8192'"
+                f"config.data.tokenizer={spec!r} is not '{kind}:VOCAB_SIZE' with a whole number of "
+                f"at least {SMALLEST[kind]}; write for instance '{kind}:8192'"
             )
         return
     path = pathlib.Path(spec).expanduser()
@@ -89,8 +92,9 @@ def _check_tokenizer(spec: str) -> None:
         )
     if not path.is_file():
         raise UserError(
-            f"config.data.tokenizer={spec!r} is neither 'bytes', nor 'bpe:VOCAB_SIZE', nor a file "
-            "that exists; give one of these" + _suggestion(spec, ("bytes", "bpe:8192"))
+            f"config.data.tokenizer={spec!r} is neither 'bytes', nor 'bpe:VOCAB_SIZE', nor "
+            "'words:VOCAB_SIZE', nor a file that exists; give one of these"
+            + _suggestion(spec, ("bytes", "bpe:8192", "words:8192"))
         )
 
 

@@ -17,10 +17,16 @@ from typing import BinaryIO
 
 import numpy as np
 
-from alibi_jax.data.config import DataConfig, bpe_vocab_size
+from alibi_jax.data.config import DataConfig, trained_tokenizer
 from alibi_jax.data.documents import SPLITS, bounded_pieces
 from alibi_jax.data.sources import Source, open_source
-from alibi_jax.data.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer_file, train_bpe
+from alibi_jax.data.tokenizers import (
+    ByteTokenizer,
+    Tokenizer,
+    load_tokenizer_file,
+    train_bpe,
+    train_words,
+)
 from alibi_jax.errors import UserError
 
 FORMAT = 1  # of the cached files and of how text is cut into tokens; part of every key
@@ -123,10 +129,10 @@ def _key(*parts: object) -> str:
 def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> Tokenizer:
     if config.tokenizer == "bytes":
         return ByteTokenizer()
-    vocab_size = bpe_vocab_size(config.tokenizer)
-    if vocab_size is None:
+    trained = trained_tokenizer(config.tokenizer)
+    if trained is None:
         return load_tokenizer_file(pathlib.Path(config.tokenizer).expanduser())
-    directory = cache / "tokenizers" / _key(source.fingerprint, vocab_size)
+    directory = cache / "tokenizers" / _key(source.fingerprint, *trained)
     path = directory / "tokenizer.json"
     if path.is_file():
         with contextlib.suppress(UserError):  # damaged: train it again
@@ -139,7 +145,9 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
         for piece in bounded_pieces(document)
     )
     with _written_whole(directory) as unfinished:
-        train_bpe(texts, vocab_size, unfinished / path.name)
+        kind, vocab_size = trained
+        train = {"bpe": train_bpe, "words": train_words}[kind]
+        train(texts, vocab_size, unfinished / path.name)
     return load_tokenizer_file(path)
 
 

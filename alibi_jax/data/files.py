@@ -16,7 +16,7 @@ from typing import Any
 from alibi_jax.data.documents import Document, is_blank
 from alibi_jax.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".md", ".py")
+TEXT_SUFFIXES = (".txt", ".md", ".py", ".tokens")
 LINES_SUFFIX = ".jsonl"
 COMPRESSED_SUFFIXES = (".gz", ".xz", ".zst")
 

@@ -1,9 +1,11 @@
-"""Text to token ids and back: bytes, a tokenizer.json, or a BPE trained here."""
+"""Text to token ids and back: bytes, a tokenizer.json, or a BPE or words counted here."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -13,6 +15,8 @@ import numpy.typing as npt
 from alibi_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+UNKNOWN = "<unk>"
+WORD = r"\n|[^\s]+"  # the end of a line is a word too
 # What a tokenizer.json may call the token between documents, in the order of preference.
 SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<s>", "<bos>", "[CLS]")
 
@@ -105,7 +109,7 @@ def load_tokenizer_file(path: pathlib.Path) -> SubwordTokenizer:
     except Exception as error:  # the library raises nothing more special
         raise UserError(
             f"tokenizer {str(path)!r} is not a tokenizer.json ({error}); give a file that "
-            "tokenizers.Tokenizer.save wrote, or 'bytes' or 'bpe:VOCAB_SIZE'"
+            "tokenizers.Tokenizer.save wrote, or 'bytes', 'bpe:VOCAB_SIZE' or 'words:VOCAB_SIZE'"
         ) from error
     for separator in SEPARATORS:
         if tokenizer.token_to_id(separator) is not None:
@@ -135,4 +139,32 @@ def train_bpe(texts: Iterator[str], vocab_size: int, path: pathlib.Path) -> None
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
+    path.write_text(tokenizer.to_str())
+
+
+def train_words(texts: Iterator[str], vocab_size: int, path: pathlib.Path) -> None:
+    """Number whole words from the most to the least frequent and write a tokenizer.json.
+
+    As fairseq-preprocess does: words are what stands between spaces, the end of a line is one, and
+    words that do not fit are `UNKNOWN`, as is that word itself in a text (WikiText has it already).
+
+    Args:
+        texts: Pieces of text.
+        vocab_size: Tokens at most, at least 3: `UNKNOWN`, words, and last the separator.
+        path: Where to write.
+    """
+    import tokenizers
+
+    counts: collections.Counter[str] = collections.Counter()
+    for text in texts:
+        counts.update(re.findall(WORD, text))
+    del counts[UNKNOWN]
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: vocab_size - 2]
+    vocabulary = {word: index for index, word in enumerate([UNKNOWN, *words])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex(WORD), behavior="removed", invert=True
+    )
+    # Added, not a word: "<|endoftext|>" in a text is unknown, not the end of a document.
+    tokenizer.add_special_tokens([END_OF_TEXT])
     path.write_text(tokenizer.to_str())

@@ -1,6 +1,7 @@
 """Configuration of the decoder: every switch that the published ALiBi decoders need."""
 
 import dataclasses
+import itertools
 from typing import Literal
 
 from alibi_jax.errors import require
@@ -39,18 +40,27 @@ class DecoderConfig:
     clip_qkv: float | None = None  # queries, keys, values are clipped to [-clip_qkv, clip_qkv]
     qk_norm: Literal["full", "per_head"] | None = None  # norm of queries and keys, after the clip
     attention_scale: float | None = None  # factor on q.k, never on the bias; None: 1/sqrt(head_dim)
+    final_norm: bool = True  # a norm after the last block
     dropout: float = 0.0  # probability, on the embedding and on each residual branch
+    mlp_dropout: float = 0.0  # probability, on the hidden layer of the MLP
 
     # Ends.
     embed_norm: bool = False  # a norm after the embedding (BLOOM)
     embed_scale: float = 1.0  # factor on the embedding
     tie_embeddings: bool = True  # the output head is the embedding matrix
     logit_scale: float = 1.0  # factor on the logits
+    # Adaptive input and softmax: the first ids of the bands of rarer words, for instance
+    # 20000,60000; None: one embedding for all.
+    adaptive_cutoffs: tuple[int, ...] | None = None
+    adaptive_factor: int = 4  # by which the embeddings of each band are narrower than the last's
+    adaptive_dropout: float = 0.0  # probability, on the projection to each tail of the softmax
 
     # How it is computed: none of these changes the parameters.
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     scan_layers: bool = True  # one compiled layer for any depth; False unrolls
-    remat: bool = False  # recompute each layer in the backward pass, to save memory
+    # What the backward pass recomputes, to save memory. "dots": all but products with a weight;
+    # "full": each layer from its input.
+    remat: Literal["none", "dots", "full"] = "none"
 
     @property
     def kv_heads(self) -> int:
@@ -66,6 +76,16 @@ class DecoderConfig:
     def mlp_size(self) -> int:
         """Hidden units of the MLP, with the default filled."""
         return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
+
+    @property
+    def uses_dropout(self) -> bool:
+        """Whether training needs a key."""
+        return max(self.dropout, self.mlp_dropout, self.adaptive_dropout) > 0.0
+
+    def band_dims(self) -> tuple[int, ...]:
+        """Width of the embeddings of each adaptive band, from frequent to rare words."""
+        bands = range(len(self.adaptive_cutoffs or ()) + 1)
+        return tuple(self.embed_dim // self.adaptive_factor**band for band in bands)
 
     def validate(self) -> None:
         """Raises UserError for values that no model can have."""
@@ -84,10 +104,12 @@ class DecoderConfig:
             f"config.model.num_heads={self.num_heads} is not a multiple of "
             f"num_kv_heads={self.kv_heads}: every key/value head serves equally many query heads",
         )
-        require(
-            0.0 <= self.dropout < 1.0,
-            f"config.model.dropout={self.dropout}: a probability, at least 0 and below 1",
-        )
+        for name in ("dropout", "mlp_dropout", "adaptive_dropout"):
+            value = getattr(self, name)
+            require(
+                0.0 <= value < 1.0,
+                f"config.model.{name}={value}: a probability, at least 0 and below 1",
+            )
         for name in ("bias_max", "norm_eps", "embed_scale", "logit_scale"):
             _positive(name, getattr(self, name))
         for name in ("clip_qkv", "attention_scale"):
@@ -110,6 +132,30 @@ class DecoderConfig:
         require(
             self.position != "sinusoidal" or self.embed_dim % 2 == 0,
             f"config.model.embed_dim={self.embed_dim} is odd: sinusoidal positions need it even",
+        )
+        if self.adaptive_cutoffs is not None:
+            self._validate_bands(self.adaptive_cutoffs)
+
+    def _validate_bands(self, cutoffs: tuple[int, ...]) -> None:
+        given = f"config.model.adaptive_cutoffs={cutoffs}"
+        bounds = (0, *cutoffs) if self.vocab_size is None else (0, *cutoffs, self.vocab_size)
+        require(
+            bool(cutoffs) and all(low < high for low, high in itertools.pairwise(bounds)),
+            f"{given} with vocab_size={self.vocab_size}: give one or more rising ids, above 0 and "
+            "below vocab_size",
+        )
+        _at_least_one("adaptive_factor", self.adaptive_factor)
+        power = self.adaptive_factor ** len(cutoffs)
+        require(
+            self.embed_dim % power == 0,
+            f"config.model.embed_dim={self.embed_dim} is not a multiple of {power}: the width of "
+            f"the last of {len(cutoffs) + 1} bands is embed_dim / {self.adaptive_factor}^"
+            f"{len(cutoffs)}",
+        )
+        require(
+            self.tie_embeddings and self.logit_scale == 1.0,
+            f"{given}: adaptive input and softmax share their weights and have no scale; set "
+            "tie_embeddings=true and logit_scale=1",
         )
 
 

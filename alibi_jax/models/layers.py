@@ -173,7 +173,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         c, std = config, config.embed_dim**-0.5
-        self.activation = c.activation
+        self.activation, self.dropout = c.activation, c.mlp_dropout
 
         def widen() -> Linear:
             shape, axes = (c.embed_dim, c.mlp_size), ("embed", "mlp")
@@ -193,19 +193,26 @@ class MLP(nnx.Module):
             use_bias=c.mlp_bias,
         )
 
-    def __call__(self, x: Activations) -> Activations:
-        """The MLP at every position."""
+    def __call__(self, x: Activations, key: jax.Array | None = None) -> Activations:
+        """The MLP at every position; `key` turns dropout on."""
         activation = ACTIVATIONS[self.activation]
         if self.gate is None:
-            return self.down(activation(self.up(x)))
-        return self.down(activation(self.gate(x)) * self.up(x))
+            hidden = activation(self.up(x))
+        else:
+            hidden = activation(self.gate(x)) * self.up(x)
+        return self.down(dropout(hidden, self.dropout, key, "mlp"))
 
 
-def dropout(x: Activations, rate: float, key: jax.Array | None) -> Activations:
-    """Inverted dropout; the identity when there is no key (evaluation) or the rate is 0."""
+def dropout(
+    x: Float[Array, "B T D"], rate: float, key: jax.Array | None, axis: str | None = None
+) -> Float[Array, "B T D"]:
+    """Inverted dropout; the identity when there is no key (evaluation) or the rate is 0.
+
+    `axis` is the logical name of the last axis of x.
+    """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec("batch", None, None))
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec("batch", None, axis))
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 
@@ -228,7 +235,7 @@ class Block(nnx.Module):
         key: jax.Array | None,
     ) -> Activations:
         """Adds attention(norm(x)), then mlp(norm(x)); `key` turns dropout on."""
-        keys = (None, None) if key is None else tuple(jax.random.split(key))
+        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
         y = self.attention(self.attention_norm(x), slopes, positions, segment_ids)
         x = x + dropout(y, self.dropout, keys[0])
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, keys[1])
+        return x + dropout(self.mlp(self.mlp_norm(x), keys[1]), self.dropout, keys[2])

@@ -1,4 +1,4 @@
-"""What each kind of TPU can do at most, as published, and which slices of it there are."""
+"""What each kind of chip can do at most, as published, and which slices of TPUs there are."""
 
 import math
 import re
@@ -52,6 +52,24 @@ CHIPS = {
     "v6e": Chip("TPU v6 lite", 1, 918e12, 32 * GIB, 31.25 * GIB, 1638 * GB, 800 * GB, 4),
     "tpu7x": Chip("TPU7x", 2, 2307e12, 192 * GIB, 189.5 * GIB, 7380 * GB, 1200 * GB, 6),
 }
+
+# Dense bfloat16 FLOP/s by `jax.Device.device_kind`, of NVIDIA's data sheets without their factor of
+# 2 for sparsity.
+_GPU_FLOPS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H200": 989e12,  # SXM
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device that JAX names so; None for one that is not known."""
+    tpus = {chip.device_kind: chip.flops / chip.devices for chip in CHIPS.values()}
+    return (tpus | _GPU_FLOPS).get(device_kind)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""AdamW with a schedule, clipping, and weight decay where it belongs."""
+"""The optimizers with a schedule, clipping, and weight decay where it belongs."""
 
 import jax
 import optax
@@ -34,11 +34,25 @@ def decay_mask(params):
 
 
 def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW."""
+    """Clipping by global norm, then the optimizer that the config names.
+
+    "nag" is Nesterov's accelerated gradient as fairseq has it: the same steps, though fairseq keeps
+    a velocity (minus the learning rate times the trace of gradients that optax keeps) and rescales
+    it whenever the learning rate changes.
+    """
+    schedule = learning_rate_schedule(config, num_steps)
+    clip = optax.clip_by_global_norm(config.clip_norm)
+    if config.name == "nag":
+        return optax.chain(
+            clip,
+            optax.trace(decay=config.beta1, nesterov=True),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(schedule),
+        )
     return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
+        clip,
         optax.adamw(
-            learning_rate_schedule(config, num_steps),
+            schedule,
             b1=config.beta1,
             b2=config.beta2,
             eps=config.epsilon,

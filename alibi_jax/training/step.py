@@ -1,12 +1,14 @@
 """One optimizer step, and the losses of held-out tokens: two pure jitted functions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from alibi_jax.sharding import spec
-from alibi_jax.training.loss import summed_loss, token_losses
+from alibi_jax.training.loss import summed_loss
 from alibi_jax.training.state import Params, TrainState
 from alibi_jax.typing import Array, Float, Int
 
@@ -22,19 +24,26 @@ def make_train_step(
     z_loss: float = 0.0,
     gradient_accumulation: int = 1,
     use_dropout: bool = False,
+    skip_nonfinite: bool = False,
 ) -> jax.stages.Wrapped:
     """Returns the jitted `step(state, batch) -> (state, metrics)`; it consumes the state given.
 
     The loss is the mean over all target tokens of the batch, whatever the number of microbatches
     and however targets are spread over them. Metrics are float32 scalars: loss (nats per token),
     grad_norm (before clipping), learning_rate and tokens (targets in the batch).
+
+    With `skip_nonfinite` a step whose loss or grad_norm is not finite leaves parameters and
+    optimizer as they were; the step's number and the learning rate's schedule move on. The metric
+    "skipped" is then 1, else 0.
     """
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None):
         model = nnx.merge(graphdef, params)
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        logits = model(tokens[:, :-1], segment_ids=segment_ids[:, :-1], key=key)
-        return summed_loss(logits, tokens, segment_ids, z_loss)
+        losses = model.token_losses(
+            tokens[:, :-1], tokens[:, 1:], segment_ids=segment_ids[:, :-1], key=key
+        )
+        return summed_loss(losses, segment_ids, z_loss)
 
     def gradients(params: Params, batch: Batch, key: jax.Array | None):
         (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
@@ -71,9 +80,27 @@ def make_train_step(
             "learning_rate": learning_rate,
             "tokens": sums["tokens"],
         }
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            params, opt_state = _choose(
+                finite, (params, opt_state), (state.params, state.opt_state)
+            )
+            metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(train_step, donate_argnames="state")
+
+
+def _choose(finite: jax.Array, after: Any, before: Any) -> Any:
+    """`after` where a step was finite, else `before`, but for the schedule's own step counter."""
+
+    def is_schedule(node) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(new, old):
+        return new if is_schedule(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, after, before, is_leaf=is_schedule)
 
 
 def make_loss_fn(
@@ -89,6 +116,6 @@ def make_loss_fn(
     def losses(params, tokens, segment_ids=None):
         model = nnx.merge(graphdef, params)
         ids = None if segment_ids is None else segment_ids[:, :-1]
-        return token_losses(model(tokens[:, :-1], segment_ids=ids), tokens[:, 1:])
+        return model.token_losses(tokens[:, :-1], tokens[:, 1:], segment_ids=ids)[0]
 
     return losses

@@ -7,7 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from alibi_jax.data import documents
-from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file, train_bpe
+from alibi_jax.data.tokenizers import (
+    ByteTokenizer,
+    load_tokenizer_file,
+    train_bpe,
+    train_words,
+)
 
 TEXT = "The quick brown fox jumps over the lazy dog.\nZwölf Boxkämpfer jagen Viktor.\n" * 50
 
@@ -79,3 +84,38 @@ def test_a_foreign_tokenizer_adds_nothing(tmp_path):
     loaded = load_tokenizer_file(tmp_path / "tokenizer.json")
     assert loaded.encode_batch(["a b a b"])[0].tolist() == [1, 2, 1, 2]
     assert (loaded.separator, loaded.vocab_size) == (9, 10)
+
+
+# As WikiText has them: spaces around every line, and rare words replaced.
+LINES = " \n = A <unk> = \n \n b b b a a <unk> \n c a b \n"
+
+
+def words(tmp_path, size, texts=(LINES,)):
+    train_words(iter(texts), size, tmp_path / "tokenizer.json")
+    return load_tokenizer_file(tmp_path / "tokenizer.json")
+
+
+def test_words_are_numbered_from_frequent_to_rare(tmp_path):
+    tokenizer = words(tmp_path, 100)
+    # 5 ends of lines, 4 b, 3 a, 2 =, then A and c by name; unknown words first, separator last.
+    names = ["<unk>", "\n", "b", "a", "=", "A", "c", "<|endoftext|>"]
+    assert tokenizer.vocab_size == len(names) and tokenizer.separator == 7
+    (ids,) = tokenizer.encode_batch([LINES])
+    expected = [names.index(word) for word in LINES.replace("\n", "END").split() if word != "END"]
+    assert [i for i in ids.tolist() if names[i] != "\n"] == expected
+    assert (ids == 1).sum() == LINES.count("\n") == 5
+    assert tokenizer.decode([7, *ids, 7]).strip() == LINES.strip()
+
+
+def test_words_that_do_not_fit_or_are_new_are_unknown(tmp_path):
+    tokenizer = words(tmp_path, 4)
+    assert tokenizer.vocab_size == 4
+    text = "b zebra a <unk> <|endoftext|>\n"
+    (ids,) = tokenizer.encode_batch([text])
+    assert ids.tolist() == [2, 0, 0, 0, 0, 1] and tokenizer.separator == 3
+
+
+def test_words_do_not_depend_on_pieces_or_order(tmp_path):
+    pieces = (LINES[20:], LINES[:20])  # cut at a space
+    assert LINES[20] == " "
+    assert words(tmp_path, 6, pieces).fingerprint == words(tmp_path, 6).fingerprint

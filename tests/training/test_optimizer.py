@@ -144,6 +144,43 @@ def test_adamw_against_numpy(gradient_scale):
         np.testing.assert_allclose(actual["a"][name], value, rtol=2e-5, atol=1e-6)
 
 
+def test_nag_against_fairseq():
+    """The update of fairseq's NAG, in NumPy: a velocity that learns each learning rate."""
+    config = OptimizerConfig(
+        name="nag",
+        learning_rate=0.7,
+        schedule="cosine",
+        warmup_steps=3,
+        final_fraction=1e-4,
+        beta1=0.9,
+        weight_decay=0.02,
+        clip_norm=0.1,
+    )
+    num_steps = 9
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.standard_normal((3, 4)).astype(np.float32)}
+    gradients = rng.standard_normal((num_steps, 3, 4)).astype(np.float32)
+    gradients[::2] *= 1e-2  # some below the clip
+    optimizer, schedule = make_optimizer(config, num_steps), learning_rate_schedule(config, 9)
+    actual = jax.tree.map(jnp.asarray, params)
+    state = optimizer.init(actual)
+    expected, velocity, last = params["kernel"].astype(np.float64), np.zeros((3, 4)), None
+    for count, gradient in enumerate(gradients):
+        with jax.numpy_dtype_promotion("standard"):
+            rate = max(float(schedule(jnp.int32(count))), 1e-7)  # where fairseq's warm-up begins
+            updates, state = optimizer.update({"kernel": jnp.asarray(gradient)}, state, actual)
+        actual = optax.apply_updates(actual, updates)
+
+        g = gradient.astype(np.float64)
+        g = g * min(1.0, config.clip_norm / np.sqrt((g**2).sum()))
+        momentum, correction = config.beta1, rate / last if last else 1.0
+        expected = expected * (1 - rate * config.weight_decay)
+        expected = expected + momentum**2 * correction * velocity - (1 + momentum) * rate * g
+        velocity = momentum * correction * velocity - rate * g
+        last = rate
+        np.testing.assert_allclose(actual["kernel"], expected, rtol=1e-5, atol=2e-6)
+
+
 def test_every_field_matters():
     """Each field of the config changes the parameters after two steps."""
     rng = np.random.default_rng(0)
@@ -161,6 +198,7 @@ def test_every_field_matters():
 
     base = OptimizerConfig(warmup_steps=1, epsilon=1e-2)
     changes = {
+        "name": "nag",
         "learning_rate": 1e-3,
         "schedule": "constant",
         "warmup_steps": 0,

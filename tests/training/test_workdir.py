@@ -52,7 +52,7 @@ CHANGES = {
     "model.logit_scale": 2.0,
     "model.dtype": "bfloat16",
     "model.scan_layers": False,
-    "model.remat": True,
+    "model.remat": "full",
     "data.source": "stdlib",
     "data.text_field": "text",
     "data.tokenizer": "bpe:300",
@@ -78,6 +78,7 @@ CHANGES = {
     "training.validation_batches": 3,
     "training.checkpoint_every": 3,
     "training.keep_checkpoints": 3,
+    "training.on_nonfinite": "skip",
     "evaluation.multiples": (1, 4),
     "evaluation.split": "valid",
     "evaluation.num_windows": 3,
@@ -98,6 +99,7 @@ MAY_CHANGE = {
     "training.validation_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.on_nonfinite",
     *(name for name in CHANGES if name.startswith(("evaluation.", "mesh."))),
 }
 

@@ -20,10 +20,17 @@ COLLECTIVES = (
 )
 # These move nothing: they name, group or place what is there.
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota", "partition-id",
-    "replica-id", "after-all", "optimization-barrier", "while", "call", "conditional",
-    "async-start",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "iota",
+    "partition-id",
+    "replica-id",
+    "after-all",
+    "optimization-barrier",
+}
 
 
 @dataclass(frozen=True)
@@ -121,7 +128,8 @@ def count(text: str) -> Cost:
 
     A loop whose number of iterations is not in the text counts as one iteration.
     """
-    return _Module(text).total()
+    module = _Module(text)
+    return module.cost(module.entry)
 
 
 class _Module:
@@ -130,9 +138,6 @@ class _Module:
         self.memo: dict[str, Cost] = {}
         sizes = re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", text.partition("\n")[0])
         self.num_devices = math.prod(map(int, sizes))
-
-    def total(self) -> Cost:
-        return self.cost(self.entry)
 
     def cost(self, name: str) -> Cost:
         """Of everything that a computation does or calls."""

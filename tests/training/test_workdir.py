@@ -46,6 +46,11 @@ CHANGES = {
     "model.qk_norm": "full",
     "model.attention_scale": 1.0,
     "model.dropout": 0.5,
+    "model.mlp_dropout": 0.5,
+    "model.final_norm": False,
+    "model.adaptive_cutoffs": (100,),
+    "model.adaptive_factor": 2,
+    "model.adaptive_dropout": 0.5,
     "model.embed_norm": True,
     "model.embed_scale": 2.0,
     "model.tie_embeddings": False,
@@ -60,6 +65,7 @@ CHANGES = {
     "data.sequence_length": 8,
     "data.batch_size": 16,
     "data.cache_dir": "elsewhere",
+    "optimizer.name": "nag",
     "optimizer.learning_rate": 1.0,
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 1,
@@ -88,6 +94,7 @@ CHANGES = {
     "mesh.data": 2,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
+    "mesh.context": 2,
 }
 MAY_CHANGE = {
     "model.scan_layers",

@@ -147,7 +147,8 @@ def pair(folder):
 def wait_for_step(processes, workdir, step):
     """Waits as long as all processes live."""
     while last_step(workdir) < step:
-        assert all(process.poll() is None for process in processes.processes), processes.wait()
+        if any(process.poll() is not None for process in processes.processes):
+            raise AssertionError("\n".join(processes.wait()[2])[-3000:])
         time.sleep(0.02)
 
 

@@ -1,10 +1,15 @@
 """Train short, then test long: the main job.
 
-  python train.py --config=configs/NAME.py --workdir=DIR [--config.SECTION.FIELD=VALUE ...]
+  python train.py --config=configs/NAME.py[:VARIANT] --workdir=DIR
+                  [--config.SECTION.FIELD=VALUE ...] [--profile=START:STOP]
 
 Trains a decoder and evaluates it beyond its training length. If DIR holds the run already, it goes
-on exactly where it was. `--help` with a config lists every field. A file may hold several configs:
-`--config=configs/NAME.py:VARIANT`.
+on exactly where it was. `--help` with a config lists every field. `--profile` traces the STOP-START
+steps after the first START into DIR/profile, for TensorBoard.
+
+On several machines give every one the same command, and a DIR that all of them see. Cloud TPU, GKE,
+SLURM and Open MPI tell the processes apart; elsewhere add, to each, --distributed.process_id=I and
+--distributed.num_processes=N --distributed.coordinator_address=HOST:PORT (a port of process 0).
 """
 
 import dataclasses
@@ -14,20 +19,26 @@ from pathlib import Path
 
 import jax
 
-from alibi_jax import data, evaluation
+from alibi_jax import data, distributed, evaluation
+from alibi_jax.cli import parse_flags
 from alibi_jax.config import Config, describe, load_config
+from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
-from alibi_jax.sharding import make_mesh
-from alibi_jax.training import loop, workdir
+from alibi_jax.sharding import make_mesh, to_devices, to_host
+from alibi_jax.training import compilation_cache, goodput, loop, profiling, workdir
 from alibi_jax.training.resolved import resolved
 
 
-def run(config: Config, directory: Path) -> None:
+def run(config: Config, directory: Path, profile: str | None) -> None:
     """Trains and evaluates; everything that can be wrong is checked before anything is trained."""
     # Check.
+    clock = goodput.Clock()
     config.validate(jax.device_count())
+    traced = profiling.NEVER
+    if profile is not None:
+        traced = profiling.parse_steps(profile, config.training.num_steps)
     workdir.check_usable(directory)
-    corpus = data.load_corpus(config.data)
+    corpus = distributed.main_first(lambda: data.load_corpus(config.data))
     config = with_vocabulary(config, corpus.tokenizer.vocab_size)
     held_out = getattr(corpus, config.evaluation.split)
     lengths, note = evaluation.supported_lengths(
@@ -36,7 +47,7 @@ def run(config: Config, directory: Path) -> None:
         config.data.packing,
     )
     if note:
-        print(note)
+        print_once(note)
     loop.check_data(config, corpus)
     stream = data.stream_identity(
         fingerprint=corpus.fingerprint,
@@ -50,11 +61,18 @@ def run(config: Config, directory: Path) -> None:
     with jax.set_mesh(mesh), workdir.locked(directory):
         workdir.claim(directory, config, stream)
         # Train short.
-        program = loop.compile_program(config, mesh)
-        print(resolved(config, corpus, mesh, program))
-        state, complete = loop.train(config, corpus, program, directory)
+        compilation_cache.use(directory)
+        with clock.spend("compile"):
+            program = loop.compile_program(config, mesh)
+        print_once(resolved(config, corpus, mesh, program))
+        distributed.wait_for_all()
+        state, complete = loop.train(
+            config, corpus, program, directory, clock=clock, profile=traced
+        )
         if not complete:
-            print(f"stopped at step {state.step}, saved; the same command goes on from there")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
+            print_once(goodput.table(clock.record()))
+            print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
             return
 
         # Test long.
@@ -64,17 +82,22 @@ def run(config: Config, directory: Path) -> None:
             num_windows=config.evaluation.num_windows,
             packing=config.data.packing,
         )
-        losses = evaluation.evaluate(
-            lambda tokens: program.loss_fn(
-                state.params, jax.device_put(tokens, program.batch_sharding)
-            ),
-            windows,
-            lengths,
-            tokens_per_batch=config.evaluation.tokens_per_batch,
-            batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
-        )
+        with clock.spend("evaluation"):
+            losses = evaluation.evaluate(
+                lambda tokens: to_host(
+                    program.loss_fn(
+                        state.params, to_devices(tokens, program.batch_sharding, len(tokens))
+                    )
+                ),
+                windows,
+                lengths,
+                tokens_per_batch=config.evaluation.tokens_per_batch,
+                batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
+            )
 
     # Report.
+    if not distributed.is_main():
+        return
     summary = evaluation.summarize(
         losses,
         windows,
@@ -88,6 +111,8 @@ def run(config: Config, directory: Path) -> None:
     with workdir.writing(directory):
         evaluation.write_json(summary, directory / "extrapolation.json")
         evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
+        spent = clock.write(directory)
+    print(f"{goodput.table(spent)}\n")
     print(evaluation.table(summary))
     print(f"\nfigure {directory / 'extrapolation.png'}, numbers {directory / 'extrapolation.json'}")
 
@@ -103,54 +128,57 @@ def with_vocabulary(config: Config, size: int) -> Config:
     return dataclasses.replace(config, model=model)
 
 
-def parse(arguments: list[str]) -> tuple[Config, Path] | None:
-    """Config and working directory that the command line names; None after printing help."""
-    flags: dict[str, str] = {}
-    words = list(arguments)
-    while words:
-        name, equals, value = words.pop(0).partition("=")
-        if name in ("--help", "-h"):
-            flags["--help"] = ""
-            continue
-        known = name in ("--config", "--workdir") or name.startswith("--config.")
-        require(
-            known, f"{name} is not known: give --config=FILE, --workdir=DIR, --config.FIELD=VALUE"
-        )
-        require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
-        flags[name] = value if equals else words.pop(0)
-    if "--help" in flags or not arguments:
+FLAGS = ("--config", "--workdir", "--profile", "--config.", "--distributed.")
+
+
+def parse(arguments: list[str]) -> dict[str, str] | None:
+    """Values of the flags; None after printing help."""
+    words = [word for word in arguments if word not in ("--help", "-h")]
+    flags = parse_flags(words, FLAGS)
+    if len(words) < len(arguments) or not arguments:
         print(__doc__)
         if "--config" in flags:
             print("\n".join(describe(load_config(flags["--config"], {}))))
         return None
     for name in ("--config", "--workdir"):
         require(bool(flags.get(name)), f"{name} is missing: give --config=FILE and --workdir=DIR")
-    config, directory = flags.pop("--config"), flags.pop("--workdir")
-    overrides = {name.removeprefix("--config."): value for name, value in flags.items()}
-    return load_config(config, overrides), Path(directory).expanduser()
+    return flags
+
+
+def below(prefix: str, flags: dict[str, str]) -> dict[str, str]:
+    """The flags whose name starts with the prefix, without it."""
+    return {
+        name.removeprefix(prefix): value for name, value in flags.items() if name.startswith(prefix)
+    }
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done, or stopped by a signal with all saved; 1 diverged; 2 bad input.
 
-    130: Ctrl-C or SIGTERM outside the training loop, or a second one.
+    3: another process of the run was lost. 130: Ctrl-C or SIGTERM outside the training loop, or a
+    second one. All processes of a run end with the same code.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
-        parsed = parse(arguments)
-        if parsed is not None:
-            run(*parsed)
+        flags = parse(arguments)
+        if flags is not None:
+            distributed.initialize(below("--distributed.", flags))
+            config = load_config(flags["--config"], below("--config.", flags))
+            run(config, Path(flags["--workdir"]).expanduser(), flags.get("--profile"))
+            distributed.finish()
     except UserError as error:
         return fail(2, error)
     except loop.Diverged as error:
         return fail(1, error)
     except jax.errors.JaxRuntimeError as error:
+        if distributed.is_lost_peer(error):
+            return distributed.end_lost(error)
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return fail(
             2,
             "out of memory on the device: in training raise config.training.gradient_accumulation "
-            "or set config.model.remat=true; in the evaluation lower "
+            "or set config.model.remat=full; in the evaluation lower "
             "config.evaluation.tokens_per_batch or shorten config.evaluation.multiples",
         )
     except KeyboardInterrupt:
@@ -160,8 +188,7 @@ def main(arguments: list[str]) -> int:
 
 def fail(code: int, message: object) -> int:
     """Prints one line, whatever the message quotes, and returns the exit code."""
-    print("error:", " ".join(str(message).splitlines()), file=sys.stderr)
-    return code
+    return distributed.end(code, "error: " + " ".join(str(message).splitlines()))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def get_config(variant: str = "alibi1024") -> Config:
             position=position,
             embed_scale=2048**0.5,
             dtype="bfloat16",
-            remat=True,
+            remat="full",
         ),
         data=DataConfig(
             source="files:cc100_roberta/{split}/*.jsonl.zst",

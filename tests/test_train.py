@@ -18,9 +18,10 @@ import pytest
 
 from alibi_jax.config import load_config
 from alibi_jax.sharding import MeshConfig, make_mesh
-from alibi_jax.training import checkpoint
+from alibi_jax.training import checkpoint, goodput
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
+from tests.disks import disk as disk
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 200
@@ -134,7 +135,7 @@ def saved_state(command, folder):
 def metrics(folder):
     """The lines of metrics.jsonl, without what time decides."""
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
 def same_run(command, folder, other):
@@ -158,6 +159,7 @@ def test_end_to_end(command, finished):
         "checkpoints",
         "extrapolation.json",
         "extrapolation.png",
+        "goodput.json",
     }
     assert not list(folder.rglob("*.tmp")) + list(folder.rglob("*orbax-checkpoint-tmp*"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["190", "200"]
@@ -185,7 +187,11 @@ def test_end_to_end(command, finished):
     assert [line["step"] for line in train] == list(range(10, STEPS + 1, 10))
     assert [line["step"] for line in validation] == [50, 100, 150, 200]
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
-    for words in ("mesh", "parameters", "validation loss", result["verdict"]["text"][:30]):
+    verdict = result["verdict"]["text"]
+    spent = json.loads((folder / "goodput.json").read_text())["seconds"]
+    assert all(spent[name] > 0 for name in goodput.ACTIVITIES)
+    assert f"wall time {sum(spent.values()):,.1f} s, " in out
+    for words in ("mesh", "parameters", "a step: p50", "validation loss", verdict[:30]):
         assert words in out
     assert f"{STEPS}/{STEPS}" in err
 
@@ -203,7 +209,9 @@ def test_again_evaluates_to_the_same(command, finished, tmp_path):
 
 @pytest.mark.slow
 def test_two_runs_are_bitwise_equal(command, finished, tmp_path):
-    command.run(tmp_path / "run")
+    """Also where some steps of one are traced."""
+    command.run(tmp_path / "run", "--profile=20:23")
+    assert len(list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))) == 1
     same_run(command, tmp_path / "run", finished[0])
 
 
@@ -298,6 +306,22 @@ def test_diverged(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_skipping_does_not_hide_divergence(command, tmp_path):
+    """A step of finite gradients makes parameters that have none any more: no batch will help."""
+    flags = ("learning_rate=1e3", "weight_decay=1e3", "warmup_steps=0", "schedule=constant")
+    folder, flags = tmp_path / "run", [f"--config.optimizer.{flag}" for flag in flags]
+    out, err = command.run(folder, *flags, "--config.training.on_nonfinite=skip", expect=1)
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and ", as 10 times in a row: stopped; " in line
+    step = int(line.split(" at step ")[1].split(",")[0])
+    skipped = [line for line in out.splitlines() if line.endswith(": skipped")]
+    assert [line.split(":")[0] for line in skipped[-9:]] == [
+        f"step {step - n}" for n in range(9, 0, -1)
+    ]
+    assert metrics(folder)[-1]["step"] == step and metrics(folder)[-1]["skipped"] >= 10
+
+
+@pytest.mark.slow
 def test_full_disk(command, tmp_path):
     """A limit on the size of files stands for it."""
     _, err = command.run(tmp_path / "run", expect=2, limit=16 * 1024)
@@ -367,6 +391,7 @@ VALUES = [
     ("model.dropout=1.0", "config.model.dropout=1.0: a probability, at least 0 and below 1"),
     ("model.slopes=1,2,3", "config.model.slopes has 3 values for num_heads=2: give one a head"),
     ("model.slopes=1,-2", "finite numbers, at least 0"),
+    ("model.remat=true", "must be one of none, dots, full"),
     ("model.position=rope", "must be one of alibi, sinusoidal, none"),
     ("model.bias_max=0", "config.model.bias_max=0.0: a finite number above 0"),
     ("model.vocab_size=10", "config.model.vocab_size=10 is less than the tokenizer's 257"),
@@ -405,6 +430,7 @@ VALUES = [
     ("training.seed=-1", "config.training.seed=-1: must be at least 0 and at most 4294967295"),
     ("training.z_loss=2", "config.training.z_loss=2.0: must be at least 0.0 and at most 1.0"),
     ("training.gradient_accumulation=3", "use a multiple of 24"),
+    ("training.on_nonfinite=ignore", "must be one of stop, skip"),
     ("training.keep_checkpoints=0", "config.training.keep_checkpoints=0: must be at least 1"),
     # evaluation
     ("evaluation.multiples=2,4", "must start with 1, the training length"),
@@ -433,18 +459,36 @@ def test_bad_value(command, train, capsys, tmp_path, fields, words):
     assert tree(tmp_path) == {}
 
 
+DISTRIBUTED = [
+    "--config=missing.py",  # met only after these flags
+    "--workdir=W",
+    "--distributed.coordinator_address=localhost:8476",
+    "--distributed.num_processes=2",
+    "--distributed.process_id=1",
+]
 FLAGS = [
     (["--config=missing.py", "--workdir=W"], "--config=missing.py: no such file"),
     (["--workdir=W"], "--config is missing: give --config=FILE and --workdir=DIR"),
     (["--config=C"], "--workdir is missing: give --config=FILE and --workdir=DIR"),
     (["--config=C", "--workdir="], "--workdir is missing"),
     (["--config=C", "--workdir"], "--workdir needs a value: --workdir=VALUE"),
-    (["--config=C", "--workdir=W", "--seed=1"], "--seed is not known: give"),
-    (["--config=C", "--workdir=W", "extra"], "extra is not known: give"),
+    (["--config=C", "--workdir=W", "--seed=1"], "--seed is not known: there is"),
+    (["--config=C", "--workdir=W", "extra"], "extra is not known: there is"),
     (["--config=C", "--workdir=W", "--config.training.seed"], "needs a value"),
     (["--config=C", "--workdir=W", "--config.=1"], "does not exist: it has model, data"),
     (["--config=C", "--workdir=W", "--configs=1"], "--configs is not known"),
     (["--help", "--config=missing.py"], "no such file"),
+    (["--config=C", "--workdir=W", "--profile=5"], "--profile=5: must be START:STOP"),
+    (["--config=C", "--workdir=W", "--profile="], "--profile=: must be START:STOP"),
+    (["--config=C", "--workdir=W", "--profile=9:9"], "with 0 <= START < STOP <= 200"),
+    (["--config=C", "--workdir=W", "--profile=9:201"], "which is config.training.num_steps"),
+    (DISTRIBUTED[:4], "--distributed.process_id missing: give all of --distributed.coordinator"),
+    ([*DISTRIBUTED, "--distributed.process_id=2"], "process_id=2: must be less than --distr"),
+    ([*DISTRIBUTED, "--distributed.process_id=-1"], "must be an integer of at least 0"),
+    ([*DISTRIBUTED, "--distributed.num_processes=0"], "must be an integer of at least 1"),
+    ([*DISTRIBUTED, "--distributed.coordinator_address=host"], "must be HOST:PORT, of process 0"),
+    ([*DISTRIBUTED, "--distributed.coordinator_address=:8476"], "must be HOST:PORT, of process 0"),
+    ([*DISTRIBUTED, "--distributed.port=1"], "--distributed.port does not exist: it has coord"),
 ]
 
 
@@ -459,7 +503,7 @@ def test_bad_flags(command, train, capsys, tmp_path, monkeypatch, flags, words):
 def test_help(command, train, capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert train.main(arguments) == 0
-        assert "--config=configs/NAME.py --workdir=DIR" in capsys.readouterr().out
+        assert "--config=configs/NAME.py[:VARIANT] --workdir=DIR" in capsys.readouterr().out
     assert train.main(["--help", f"--config={command.file}"]) == 0
     out = capsys.readouterr().out
     assert "--config.model.num_layers=1\n" in out and "--config.evaluation.multiples=1,2\n" in out
@@ -605,6 +649,16 @@ def test_no_directory(command, train, capsys, tmp_path):
     ]:
         refused(capsys, train, [f"--config={command.file}", f"--workdir={workdir}"], words)
     assert tree(tmp_path) == before
+
+
+def test_read_only_disk(command, train, capsys, disk):
+    """The directory is new, or there."""
+    disk.mount("size=64k")
+    (disk.path / "run").mkdir()
+    disk.mount("remount,ro")
+    for workdir in (disk.path / "new", disk.path / "run"):
+        flags = [f"--config={command.file}", f"--workdir={workdir}"]
+        refused(capsys, train, flags, f"cannot be written in {workdir.parent}")
 
 
 def test_one_line_from_the_process_too(command, tmp_path):

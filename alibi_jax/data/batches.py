@@ -21,7 +21,13 @@ _BATCHES_AHEAD = 8
 
 
 def batches(
-    split: TokenizedSplit, *, sequence_length: int, batch_size: int, seed: int, packing: str
+    split: TokenizedSplit,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    packing: str,
+    rows: np.ndarray | None = None,
 ) -> grain.MapDataset[Batch]:
     """Return the endless stream of shuffled batches of a split.
 
@@ -37,12 +43,14 @@ def batches(
         batch_size: B, sequences of a batch.
         seed: From 0 to 2**32 - 1. The order of the windows depends on nothing else.
         packing: "documents" or "stream", as `DataConfig.packing`.
+        rows: Rows of every batch to read, int [n]; None: all. One of several processes reads its
+            own: the batches are the same for any number of them, and so is the position.
 
     Returns:
         A data set whose element k is the batch of step k: "tokens" int32 [B, L+1] and
-        "segment_ids" int32 [B, L+1], the number of the document within the window from 1 on
-        ("stream": all 1). A target is to be predicted where its segment id is that of the token
-        before. There is no padding, so no segment id is 0.
+        "segment_ids" int32 [B, L+1] (with `rows`, [n, L+1]), the number of the document within the
+        window from 1 on ("stream": all 1). A target is to be predicted where its segment id is
+        that of the token before. There is no padding, so no segment id is 0.
 
     Raises:
         UserError: The split is shorter than one window, or the seed is out of range.
@@ -58,10 +66,11 @@ def batches(
             f"has {len(split.tokens)}; give more text or a sequence_length of at most "
             f"{len(split.tokens) - 1}"
         )
-    # Only numbers of windows go through Grain one by one; the tokens are read a batch at a time.
+    # Only numbers of windows go through Grain one by one; the tokens are read a batch at a time,
+    # and only those of `rows`.
     numbers = grain.MapDataset.range(num_windows).seed(seed).shuffle().repeat()
     return numbers.batch(batch_size, drop_remainder=True).map(
-        functools.partial(_read_windows, split, sequence_length, packing)
+        functools.partial(_read_windows, split, sequence_length, packing, rows)
     )
 
 
@@ -105,9 +114,14 @@ def stream_identity(
 
 
 def _read_windows(
-    split: TokenizedSplit, sequence_length: int, packing: str, numbers: np.ndarray
+    split: TokenizedSplit,
+    sequence_length: int,
+    packing: str,
+    rows: np.ndarray | None,
+    numbers: np.ndarray,
 ) -> Batch:
-    """Return the batch of the windows with these numbers, int [B]."""
+    """Return `rows` of the batch of the windows with these numbers, int [B]."""
+    numbers = numbers if rows is None else numbers[rows]
     starts = numbers * sequence_length
     stops = starts + sequence_length + 1
     tokens = np.empty((len(numbers), sequence_length + 1), np.int32)

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
+from alibi_jax.distributed import is_main
 from alibi_jax.errors import UserError
 
 # Nats per token, f32[B, L], of the last L tokens of each row of int32[B, L+1]; compiled by the
@@ -176,7 +177,7 @@ def evaluate(
         unit="token",
         unit_scale=True,
         leave=False,
-        disable=None,  # no bar where the output is not a terminal
+        disable=None if is_main() else True,  # None: no bar where the output is not a terminal
     ) as bar:
         return {
             length: token_losses(

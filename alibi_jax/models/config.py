@@ -58,7 +58,9 @@ class DecoderConfig:
     # How it is computed: none of these changes the parameters.
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations; parameters are float32
     scan_layers: bool = True  # one compiled layer for any depth; False unrolls
-    remat: bool = False  # recompute each layer in the backward pass, to save memory
+    # What the backward pass recomputes, to save memory. "dots": all but products with a weight;
+    # "full": each layer from its input.
+    remat: Literal["none", "dots", "full"] = "none"
 
     @property
     def kv_heads(self) -> int:

@@ -23,6 +23,14 @@ from alibi_jax.typing import (
     Tokens,
 )
 
+# What a rematerialised layer keeps for its backward pass, besides its input.
+SAVED = {
+    # Products with a weight: most of the arithmetic. Attention's own have batch axes, and are as
+    # large as its logits where these are held.
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
 
 class Decoder(nnx.Module):
     """A pre-norm decoder.
@@ -87,7 +95,7 @@ class Decoder(nnx.Module):
             hidden,
             self._head().astype(hidden.dtype),
             preferred_element_type=jnp.float32,
-            out_sharding=spec("batch", None, None),
+            out_sharding=spec("batch", "length", None),
         )
         return self.config.logit_scale * logits
 
@@ -141,7 +149,7 @@ class Decoder(nnx.Module):
         else:
             assert self.embedding is not None
             table = replicate(self.embedding[...])
-            x = table.at[tokens].get(out_sharding=spec("batch", None, None))
+            x = table.at[tokens].get(out_sharding=spec("batch", "length", None))
         x = (config.embed_scale * x).astype(dtype)
         x = self.position.embed(x, index if positions is None else positions)
         if self.embed_norm is not None:
@@ -158,8 +166,10 @@ class Decoder(nnx.Module):
             block, layer_key = block_and_key
             return block(x, slopes, positions, segment_ids, layer_key), None
 
-        if config.remat:
-            layer = jax.checkpoint(layer)
+        if config.remat != "none":
+            # A scan keeps XLA from undoing it, which else takes barriers.
+            prevent_cse = not config.scan_layers
+            layer = jax.checkpoint(layer, policy=SAVED[config.remat], prevent_cse=prevent_cse)
         if config.scan_layers:
             x, _ = jax.lax.scan(layer, x, (self.blocks, keys))
         else:

@@ -1,8 +1,9 @@
 """Checkpoints of a run, through Orbax; the only file that knows it.
 
-A checkpoint holds the whole state, the position in the data and the config. Orbax writes it under a
-temporary name and renames it, so that a directory named by a step is always whole; should one be
-damaged later, the newest readable one is used instead.
+A checkpoint holds the whole state, the position in the data and the config. Every process writes
+what its devices hold. Orbax writes under a temporary name and renames it, so that a directory named
+by a step is always whole; should one be damaged later, the newest that every process can read is
+used instead, on any mesh and any number of processes.
 """
 
 import contextlib
@@ -12,8 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from orbax.checkpoint import v1 as ocp
 
+from alibi_jax.distributed import any_process, from_main
 from alibi_jax.errors import UserError
 from alibi_jax.training.state import TrainState
 from alibi_jax.training.workdir import checkpoint_steps
@@ -100,28 +103,42 @@ def restore(directory: Path, abstract: TrainState) -> Restored | None:
     """
     _quiet()
     damaged: dict[Path, str] = {}
-    for step in checkpoint_steps(directory):
+    for step in from_main(lambda: checkpoint_steps(directory)):
         path = directory / str(step)
+        reason = None
         try:
-            # The two calls together read everything that resuming needs.
-            metadata = ocp.metadata(path.absolute()).custom_metadata
-            state = ocp.load_checkpointables(path.absolute(), {_STATE: abstract})[_STATE]
-            position = metadata["position"]
+            state, position = _read(path, abstract)
         except (PermissionError, MemoryError) as error:  # not damaged: must not be moved
             raise UserError(f"cannot read checkpoint {path} ({_reason(error)})") from error
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged one
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
-            damaged[path] = _reason(error)
+            reason = _reason(error)
+        if any_process(reason is not None):
+            damaged[path] = reason or "another process cannot read it"
             continue
-        moved = {_set_aside(path): reason for path, reason in damaged.items()}
-        return Restored(step, state, position, moved)
+        moved = from_main(lambda: [[str(_set_aside(path)), damaged[path]] for path in damaged])
+        return Restored(step, state, position, {Path(path): reason for path, reason in moved})
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoint(s) in {directory} can be read "
             f"({next(iter(damaged.values()))}); start again in another --workdir"
         )
     return None
+
+
+def _read(path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the data's position; together all that resuming needs."""
+    # Every process reads for itself, so that none waits for another that meets damage.
+    here = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process_{jax.process_index()}",
+    )
+    with ocp.Context(multiprocessing_options=here):
+        metadata = ocp.metadata(path.absolute()).custom_metadata
+        state = ocp.load_checkpointables(path.absolute(), {_STATE: abstract})[_STATE]
+    return state, metadata["position"]
 
 
 def _quiet() -> None:

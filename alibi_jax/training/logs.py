@@ -1,19 +1,23 @@
 """What a run reports while it trains: a progress bar, metrics.jsonl and TensorBoard events."""
 
+import array
 import json
 import math
-import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import tqdm
 
+from alibi_jax.distributed import is_main
 from alibi_jax.files import write_text
+from alibi_jax.training.goodput import Clock, percentiles
 from alibi_jax.training.step import Metrics
 
 
 class Logs:
     """Reports metrics at their steps; nothing here touches the device until a step is done.
+
+    Of several processes only process 0 shows and writes anything.
 
     Attributes:
       METRICS: name of the file that holds one JSON object a line.
@@ -29,37 +33,71 @@ class Logs:
         num_steps: int,
         bytes_per_token: float,
         validation_bytes_per_token: float,
+        clock: Clock,
+        peak_seconds: float | None = None,
     ):
-        """Continues the logs of `workdir` after step `start`; later entries are dropped."""
+        """Continues the logs of `workdir` after step `start`; later entries are dropped.
+
+        `clock` gives the time of steps. `peak_seconds` is what one takes at the peak of the
+        devices, for MFU; None: not known, and MFU is left out.
+        """
         import tensorboardX
 
-        self._file = _truncated(workdir / self.METRICS, start)
+        writes = is_main()
+        kept: list[dict[str, Any]] = []
+        self._file: TextIO | None = None
+        if writes:
+            kept, self._file = _truncated(workdir / self.METRICS, start)
         # The suffix: two files of one second would have one name.
         self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+            str(workdir / "tensorboard"),
+            purge_step=start + 1,
+            filename_suffix=f".{start}",
+            write_to_disk=writes,
         )
         self._bar = tqdm.tqdm(
-            total=num_steps, initial=start, desc="training", unit="step", dynamic_ncols=True
+            total=num_steps,
+            initial=start,
+            desc="training",
+            unit="step",
+            dynamic_ncols=True,
+            disable=not writes,
         )
         self._train_bits = 1.0 / (math.log(2.0) * bytes_per_token)  # per byte, of a nat per token
         self._validation_bits = 1.0 / (math.log(2.0) * validation_bytes_per_token)
-        self._since, self._tokens = time.perf_counter(), 0.0
+        self._clock, self._peak_seconds = clock, peak_seconds
+        self._skipped = next((x["skipped"] for x in reversed(kept) if "skipped" in x), 0)
+        self._begin_interval()
 
     def train(self, step: int, metrics: Metrics, *, write: bool) -> float:
-        """Shows the metrics of a step, and keeps them if `write`. Returns its loss."""
+        """Shows the metrics of a step, once it is done; keeps them if `write`. Returns its loss.
+
+        What is kept covers the interval since the last that was, in its times; "skipped" counts
+        from the start of the run, and a skipped step is always kept.
+        """
         values = {name: float(value) for name, value in metrics.items()}
+        self._step_seconds.append(self._clock.lap())
+        self._seconds += self._step_seconds[-1]
         self._tokens += values.pop("tokens")
         bits = values["loss"] * self._train_bits
-        self._bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {bits:.3f} bits/byte, {self._rate():,.0f} tokens/s",
-            refresh=False,
-        )
+        rates = {"tokens_per_second": self._tokens / max(self._seconds, 1e-9)}
+        shown = f"loss {values['loss']:.3f}, {bits:.3f} bits/byte"
+        shown += f", {rates['tokens_per_second']:,.0f} tokens/s"
+        if self._peak_seconds is not None:
+            steps = len(self._step_seconds)
+            rates["mfu"] = steps * self._peak_seconds / max(self._seconds, 1e-9)
+            shown += f", MFU {rates['mfu']:.1%}"
+        if "skipped" in values:
+            write = write or values["skipped"] > 0
+            values["skipped"] = self._skipped = self._skipped + int(values["skipped"])
+            shown += f", {self._skipped} skipped" if self._skipped else ""
+        self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
         if write:
-            self._write(
-                step, values | {"bits_per_byte": bits, "tokens_per_second": self._rate()}, "train"
-            )
-            self._since, self._tokens = time.perf_counter(), 0.0
+            times = percentiles(self._step_seconds)
+            times = {f"step_seconds_{name}": seconds for name, seconds in times.items()}
+            self._write(step, values | {"bits_per_byte": bits} | rates | times, "train")
+            self._begin_interval()
         return values["loss"]
 
     def validation(self, step: int, loss: float) -> None:
@@ -67,22 +105,25 @@ class Logs:
         bits = loss * self._validation_bits
         self._write(step, {"validation_loss": loss, "validation_bits_per_byte": bits}, "validation")
         self.note(f"step {step}: validation loss {loss:.4f} ({bits:.4f} bits/byte)")
-        self._since, self._tokens = time.perf_counter(), 0.0
 
     def note(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        self._bar.write(text)
+        if not self._bar.disable:
+            self._bar.write(text)
 
     def close(self) -> None:
         """Ends the bar and closes the files."""
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         self._board.close()
 
-    def _rate(self) -> float:
-        return self._tokens / max(time.perf_counter() - self._since, 1e-9)
+    def _begin_interval(self) -> None:
+        self._step_seconds, self._seconds, self._tokens = array.array("d"), 0.0, 0.0
 
     def _write(self, step: int, values: dict[str, float], group: str) -> None:
+        if self._file is None:
+            return
         # JSON has no nan and no infinity; they become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step} | finite) + "\n")
@@ -91,14 +132,16 @@ class Logs:
             self._board.add_scalar(f"{group}/{name}", value, step)
 
 
-def _truncated(path: Path, last_step: int) -> TextIO:
-    """The file, open for appending, without entries after `last_step` and without a torn line."""
-    kept = []
+def _truncated(path: Path, last_step: int) -> tuple[list[dict[str, Any]], TextIO]:
+    """Entries up to `last_step`, and the file with these alone, open for appending."""
+    entries, lines = [], []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
+            entry = json.loads(line)
+            if entry["step"] <= last_step:
+                entries.append(entry)
+                lines.append(line + "\n")
         except (ValueError, TypeError, KeyError):  # torn: the process was killed as it wrote it
             continue
-    write_text(path, "".join(kept))
-    return path.open("a")
+    write_text(path, "".join(lines))
+    return entries, path.open("a")

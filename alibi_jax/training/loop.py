@@ -10,18 +10,27 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from alibi_jax import data
 from alibi_jax.config import Config
+from alibi_jax.distributed import any_process, make_vote, print_once
 from alibi_jax.errors import UserError
-from alibi_jax.sharding import spec
+from alibi_jax.sharding import local_rows, spec, to_devices, to_host
 from alibi_jax.training import checkpoint, workdir
+from alibi_jax.training.chips import peak_flops
+from alibi_jax.training.flops import flops_per_token
+from alibi_jax.training.goodput import Clock
 from alibi_jax.training.logs import Logs
 from alibi_jax.training.loss import target_mask
 from alibi_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from alibi_jax.training.profiling import DIRECTORY, NEVER, Profiler
 from alibi_jax.training.state import Params, TrainState, abstract_state, init_state
 from alibi_jax.training.step import Batch, Metrics, make_loss_fn, make_train_step
+
+MAX_SKIPPED_IN_A_ROW = 10
 
 
 class Diverged(Exception):
@@ -40,9 +49,22 @@ class Program(NamedTuple):
     compile_seconds: float
 
 
-def compile_program(config: Config, mesh: Mesh) -> Program:
-    """Compiles the training step ahead of time. Call it under `jax.set_mesh(mesh)`."""
-    start = time.perf_counter()
+class LoweredStep(NamedTuple):
+    """A training step before XLA compiles it, with what it reads."""
+
+    graphdef: nnx.GraphDef
+    optimizer: optax.GradientTransformation
+    state: TrainState  # shapes, dtypes and shardings
+    batch: Batch  # shapes, dtypes and shardings
+    batch_sharding: NamedSharding
+    step: jax.stages.Lowered
+
+
+def lower_step(config: Config, mesh: Mesh) -> LoweredStep:
+    """Traces the training step for the devices of a mesh, which need not be here.
+
+    Call it under `jax.set_mesh(mesh)`.
+    """
     training = config.training
     optimizer = make_optimizer(config.optimizer, training.num_steps)
     graphdef, abstract = abstract_state(config.model, optimizer, training.seed, mesh)
@@ -53,24 +75,41 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
         z_loss=training.z_loss,
         gradient_accumulation=training.gradient_accumulation,
         use_dropout=config.model.uses_dropout,
+        skip_nonfinite=training.on_nonfinite == "skip",
     )
     partition = spec("batch", None)
-    assert partition is not None, "compile_program needs a mesh"
+    assert partition is not None, "lower_step needs a mesh"
     sharding = NamedSharding(mesh, partition)
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    compiled = step.lower(abstract, {"tokens": ids, "segment_ids": ids}).compile()
+    batch: Any = {"tokens": ids, "segment_ids": ids}
+    lowered = step.lower(abstract, batch)
+    return LoweredStep(graphdef, optimizer, abstract, batch, sharding, lowered)
+
+
+def compile_program(config: Config, mesh: Mesh) -> Program:
+    """Compiles the training step, and the losses that validation needs, ahead of time.
+
+    Call it under `jax.set_mesh(mesh)`.
+    """
+    start = time.perf_counter()
+    lowered = lower_step(config, mesh)
+    compiled = lowered.step.compile()
     memory = compiled.memory_analysis()
+    loss_fn = make_loss_fn(lowered.graphdef)
+    if config.training.validate_every:
+        # A call of this shape finds it.
+        loss_fn.lower(lowered.state.params, *lowered.batch.values()).compile()
 
     def init() -> TrainState:
-        return init_state(config.model, optimizer, training.seed, mesh)[1]
+        return init_state(config.model, lowered.optimizer, config.training.seed, mesh)[1]
 
     return Program(
-        state=abstract,
+        state=lowered.state,
         init=init,
         step=compiled,
-        loss_fn=make_loss_fn(graphdef),
-        batch_sharding=sharding,
+        loss_fn=loss_fn,
+        batch_sharding=lowered.batch_sharding,
         temporary_bytes=getattr(memory, "temp_size_in_bytes", 0),
         compile_seconds=time.perf_counter() - start,
     )
@@ -86,57 +125,92 @@ def check_data(config: Config, corpus: data.Corpus) -> None:
 
 
 def train(
-    config: Config, corpus: data.Corpus, program: Program, directory: Path
+    config: Config,
+    corpus: data.Corpus,
+    program: Program,
+    directory: Path,
+    *,
+    clock: Clock | None = None,
+    profile: range = NEVER,
 ) -> tuple[TrainState, bool]:
     """Trains to `config.training.num_steps`, resuming what `directory` holds.
+
+    Args:
+      config: the run's.
+      corpus: its text.
+      program: what `compile_program` gave for it.
+      directory: the run's.
+      clock: what the time of the run is counted on; None: one of its own.
+      profile: the steps to trace, counted from 0.
 
     Returns:
       The state, and whether training is complete: False after Ctrl-C or SIGTERM, with everything
       saved.
 
     Raises:
-      Diverged: the loss is nan or infinite.
+      Diverged: the loss is nan or infinite, or too often in a row where that is skipped.
       UserError: no checkpoint can be read, or nothing can be written.
     """
     training = config.training
+    clock = clock or Clock()
+    clock.resume(directory)
     checkpoints = directory / workdir.CHECKPOINTS
-    restored = checkpoint.restore(checkpoints, program.state)
+    with clock.spend("checkpoint"):
+        restored = checkpoint.restore(checkpoints, program.state)
     start = 0 if restored is None else restored.step
-    state = program.init() if restored is None else restored.state
+    with clock.spend("compile"):
+        state = program.init() if restored is None else restored.state
     for path, reason in restored.unreadable.items() if restored else ():
-        print(f"a damaged checkpoint is now {path} ({reason}): falling back to step {start}")
+        print_once(f"a damaged checkpoint is now {path} ({reason}): falling back to step {start}")
     if restored:
-        print(f"resuming at step {start} of {training.num_steps}")
+        print_once(f"resuming at step {start} of {training.num_steps}")
 
-    stream = _stream(config, corpus.train)
+    num_rows = config.data.batch_size
+    stream = _stream(config, corpus.train, program.batch_sharding)
     batches = data.training_iterator(stream)
     if restored:
         batches.set_state(restored.position)
     validate = _validation(config, corpus, program)
     saver = checkpoint.Checkpointer(checkpoints, training.keep_checkpoints, config.to_dict())
     with workdir.writing(directory), contextlib.ExitStack() as stack:
+        stack.callback(clock.write, directory)
         stack.callback(saver.close)
         stack.callback(batches.close)
+        profiler = Profiler(directory / DIRECTORY, profile)
+        stack.callback(profiler.close)
         logs = Logs(
             directory,
             start=start,
             num_steps=training.num_steps,
             bytes_per_token=corpus.train.bytes_per_token(config.data.packing),
             validation_bytes_per_token=corpus.valid.bytes_per_token(config.data.packing),
+            clock=clock,
+            peak_seconds=_peak_seconds(config),
         )
         stack.callback(logs.close)
+        in_a_row = 0  # steps whose loss or gradient was not finite
 
         def report(step: int, metrics: Metrics) -> None:
+            nonlocal in_a_row
             write = step % training.log_every == 0 or step == training.num_steps
             loss = logs.train(step, metrics, write=write)
-            if not (math.isfinite(loss) and math.isfinite(float(metrics["grad_norm"]))):
-                raise Diverged(_divergence(step, loss, saver.latest))
+            if math.isfinite(loss) and math.isfinite(float(metrics["grad_norm"])):
+                in_a_row = 0
+                return
+            in_a_row += 1
+            if training.on_nonfinite == "stop" or in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise Diverged(_divergence(step, loss, saver.latest, in_a_row))
+            logs.note(f"step {step}: {_nonfinite(loss)}: skipped")
 
         step, saved, pending = start, start, None
-        with _stop_signal() as stopped:
-            while step < training.num_steps and not stopped():
-                batch = jax.device_put(next(batches), program.batch_sharding)
-                state, metrics = program.step(state, batch)
+        vote = make_vote(program.batch_sharding)
+        with _stop_signal() as stopped, clock.spend("steps"):
+            while step < training.num_steps and not vote(stopped()):
+                profiler.at(step, state)
+                with clock.spend("input"):
+                    batch = to_devices(next(batches), program.batch_sharding, num_rows)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    state, metrics = program.step(state, batch)
                 # The step before is reported while this one runs.
                 if pending is not None:
                     report(*pending)
@@ -147,26 +221,33 @@ def train(
                     report(*pending)  # so that a state that diverged is never saved
                     pending = None
                 if validation_due:
-                    logs.validation(step, validate(state.params))
+                    with clock.spend("validation"):
+                        logs.validation(step, validate(state.params))
                 if due:
-                    saver.save(step, state, batches.get_state())
+                    with clock.spend("checkpoint"):
+                        saver.save(step, state, batches.get_state())
+                        clock.write(directory)
                     saved = step
             if pending is not None:
                 report(*pending)
-            if step > saved:
-                saver.save(step, state, batches.get_state())
-            saver.wait()
-            complete = step == training.num_steps and not stopped()
+            with clock.spend("checkpoint"):
+                if step > saved:
+                    saver.save(step, state, batches.get_state())
+                saver.wait()
+            complete = step == training.num_steps and not any_process(stopped())
     return state, complete
 
 
-def _stream(config: Config, split: data.TokenizedSplit):
+def _stream(config: Config, split: data.TokenizedSplit, sharding: NamedSharding | None = None):
+    """The batches of a split; with their sharding only the rows that this process needs."""
+    shape = (config.data.batch_size, config.data.sequence_length + 1)
     return data.batches(
         split,
         sequence_length=config.data.sequence_length,
         batch_size=config.data.batch_size,
         seed=config.training.seed,
         packing=config.data.packing,
+        rows=None if sharding is None else local_rows(sharding, shape),
     )
 
 
@@ -174,25 +255,40 @@ def _validation(config: Config, corpus: data.Corpus, program: Program) -> Callab
     """The mean loss of the same few validation batches, in nats per token."""
 
     def validate(params: Params) -> float:
-        stream = _stream(config, corpus.valid)
+        stream = _stream(config, corpus.valid, program.batch_sharding)
         nats = targets = 0.0
         for index in range(config.training.validation_batches):
-            batch = stream[index]
-            placed = jax.device_put(batch, program.batch_sharding)
-            losses = np.asarray(program.loss_fn(params, placed["tokens"], placed["segment_ids"]))
-            mask = np.asarray(target_mask(batch["segment_ids"]))
+            batch = to_devices(stream[index], program.batch_sharding, config.data.batch_size)
+            losses = to_host(program.loss_fn(params, batch["tokens"], batch["segment_ids"]))
+            mask = to_host(target_mask(batch["segment_ids"]))
             nats, targets = nats + float((losses * mask).sum()), targets + float(mask.sum())
         return nats / max(targets, 1.0)
 
     return validate
 
 
-def _divergence(step: int, loss: float, latest: Path | None) -> str:
-    what = f"loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+def _peak_seconds(config: Config) -> float | None:
+    """Seconds that a step would take at the peak of all devices; None where that is not known."""
+    peak = peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    length = config.data.sequence_length
+    flops = config.data.batch_size * length * flops_per_token(config.model, length)
+    return flops / (peak * jax.device_count())
+
+
+def _nonfinite(loss: float) -> str:
+    return f"loss is {loss}" if not math.isfinite(loss) else "the gradient is not finite"
+
+
+def _divergence(step: int, loss: float, latest: Path | None, in_a_row: int) -> str:
+    again = f", as {in_a_row} times in a row" if in_a_row > 1 else ""
+    skip = "" if again else "; --config.training.on_nonfinite=skip passes over single steps"
     saved = f"the last good checkpoint is {latest}" if latest else "there is no checkpoint yet"
     return (
-        f"{what} at step {step}: stopped; {saved}. A lower --config.optimizer.learning_rate, a "
-        "longer warmup_steps or a smaller clip_norm may help, in a new --workdir"
+        f"{_nonfinite(loss)} at step {step}{again}: stopped; {saved}. A lower "
+        "--config.optimizer.learning_rate, a longer warmup_steps or a smaller clip_norm may help, "
+        f"in a new --workdir{skip}"
     )
 
 

@@ -1,13 +1,16 @@
 """What a run resolved to, for a person to read before step 0."""
 
 import math
-from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from alibi_jax.config import Config
 from alibi_jax.data import Corpus
+from alibi_jax.sharding import bytes_on_device
+from alibi_jax.training import compilation_cache
+from alibi_jax.training.chips import peak_flops
+from alibi_jax.training.flops import flops_per_token
 from alibi_jax.training.loop import Program
 
 
@@ -25,25 +28,29 @@ def resolved(config: Config, corpus: Corpus, mesh: Mesh, program: Program) -> st
     params, optimizer = program.state.params, program.state.opt_state
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
     rows = {
-        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})",
+        "devices": f"{jax.device_count()} × {device.device_kind} ({device.platform})"
+        + (f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""),
         "mesh": ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items()),
         "data": f"{config.data.source}: {splits} documents; {corpus.tokenizer.vocab_size} tokens",
         "batch": f"{batch} sequences × {length} tokens{microbatches}; {per_device} a device",
         "position": config.model.position,
-        "parameters": f"{count:,}: {_bytes(params)}",
-        "optimizer": _bytes(optimizer),
+        "parameters": f"{count:,}: {_size(bytes_on_device(params))}",
+        "optimizer": _size(bytes_on_device(optimizer)),
         "step": f"{_size(program.temporary_bytes)} of temporaries; compiled in "
-        f"{program.compile_seconds:.1f} s",
+        f"{program.compile_seconds:.1f} s, {_kept()}",
+        "model FLOPs": f"{flops_per_token(config.model, length):.3g} a token, {_peak(device)}",
     }
     return "\n".join(f"{name:<11} {text}" for name, text in rows.items())
 
 
-def _bytes(tree: Any) -> str:
-    def local(leaf: jax.ShapeDtypeStruct) -> int:
-        assert isinstance(leaf.sharding, NamedSharding)
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+def _kept() -> str:
+    directory = compilation_cache.directory()
+    return f"kept in {directory}" if directory else "not kept (no JAX_COMPILATION_CACHE_DIR)"
 
-    return _size(sum(map(local, jax.tree.leaves(tree))))
+
+def _peak(device: jax.Device) -> str:
+    peak = peak_flops(device.device_kind)
+    return "at a peak that is not known" if peak is None else f"at most {peak:.3g}/s a device"
 
 
 def _size(num_bytes: int) -> str:

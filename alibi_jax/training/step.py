@@ -1,5 +1,7 @@
 """One optimizer step, and the losses of held-out tokens: two pure jitted functions."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,12 +24,17 @@ def make_train_step(
     z_loss: float = 0.0,
     gradient_accumulation: int = 1,
     use_dropout: bool = False,
+    skip_nonfinite: bool = False,
 ) -> jax.stages.Wrapped:
     """Returns the jitted `step(state, batch) -> (state, metrics)`; it consumes the state given.
 
     The loss is the mean over all target tokens of the batch, whatever the number of microbatches
     and however targets are spread over them. Metrics are float32 scalars: loss (nats per token),
     grad_norm (before clipping), learning_rate and tokens (targets in the batch).
+
+    With `skip_nonfinite` a step whose loss or grad_norm is not finite leaves parameters and
+    optimizer as they were; the step's number and the learning rate's schedule move on. The metric
+    "skipped" is then 1, else 0.
     """
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None):
@@ -73,9 +80,27 @@ def make_train_step(
             "learning_rate": learning_rate,
             "tokens": sums["tokens"],
         }
+        if skip_nonfinite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            params, opt_state = _choose(
+                finite, (params, opt_state), (state.params, state.opt_state)
+            )
+            metrics["skipped"] = 1.0 - finite.astype(jnp.float32)
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return jax.jit(train_step, donate_argnames="state")
+
+
+def _choose(finite: jax.Array, after: Any, before: Any) -> Any:
+    """`after` where a step was finite, else `before`, but for the schedule's own step counter."""
+
+    def is_schedule(node) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def choose(new, old):
+        return new if is_schedule(new) else jnp.where(finite, new, old)
+
+    return jax.tree.map(choose, after, before, is_leaf=is_schedule)
 
 
 def make_loss_fn(

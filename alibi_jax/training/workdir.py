@@ -4,10 +4,14 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from alibi_jax import distributed
 from alibi_jax.config import Config
 from alibi_jax.errors import UserError, require
 from alibi_jax.files import write_text
@@ -15,6 +19,8 @@ from alibi_jax.files import write_text
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+
+_SEEN_SECONDS = 60.0  # until every machine sees a new file of a shared disk
 
 # What may differ when a run is resumed: nothing here changes what was trained so far.
 RESUMABLE = (
@@ -27,6 +33,7 @@ RESUMABLE = (
     "training.validation_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.on_nonfinite",
     "evaluation.",
     "mesh.",
 )
@@ -34,6 +41,9 @@ RESUMABLE = (
 
 def claim(workdir: Path, config: Config, stream: dict[str, Any]) -> None:
     """Makes `workdir` if need be and writes its config, or checks that it holds this very run.
+
+    Of several processes the first does so; the others check that theirs is the same run and that
+    they see the same directory.
 
     Args:
       workdir: the directory.
@@ -43,15 +53,33 @@ def claim(workdir: Path, config: Config, stream: dict[str, Any]) -> None:
     Raises:
       UserError: it is not a directory, cannot be written, or holds another run.
     """
+    record = json.loads(json.dumps({"config": config.to_dict(), "stream": stream}))
+    first = distributed.from_main(lambda: _claim(workdir, config, record))
+    for part, what in (("config", "config"), ("stream", "data")):
+        require(
+            record[part] == first[part],
+            f"process {jax.process_index()} was started with another {what} than process 0: give "
+            "all processes the same command and the same files",
+        )
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not (workdir / CONFIG).is_file():
+        require(
+            time.monotonic() < deadline,
+            f"process {jax.process_index()} does not see what process 0 wrote in "
+            f"--workdir={workdir}: give a directory that all processes share",
+        )
+        time.sleep(0.5)
+
+
+def _claim(workdir: Path, config: Config, record: dict[str, Any]) -> dict[str, Any]:
     path = workdir / CONFIG
-    record = {"config": config.to_dict(), "stream": stream}
     check_usable(workdir)
     with writing(workdir):
         there = _read(path) if path.exists() else None
         newest = max(checkpoint_steps(workdir / CHECKPOINTS), default=None)
         if newest is not None:  # until then nothing would be lost by another config
             if there is not None:
-                _check_same_run(workdir, there, json.loads(json.dumps(record)))
+                _check_same_run(workdir, there, record)
             require(
                 path.exists(),
                 f"--workdir={workdir} holds checkpoints without the {CONFIG} that says what they "
@@ -65,6 +93,7 @@ def claim(workdir: Path, config: Config, stream: dict[str, Any]) -> None:
             )
         workdir.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(record, indent=2) + "\n")
+    return record
 
 
 def check_usable(workdir: Path) -> None:
@@ -102,7 +131,10 @@ def writing(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` and keeps other processes out; the system frees it if this one dies."""
+    """Makes `workdir` and keeps other runs out; the system frees it if process 0 dies."""
+    if not distributed.is_main():
+        yield
+        return
     with contextlib.ExitStack() as stack:
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)

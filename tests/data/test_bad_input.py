@@ -12,6 +12,7 @@ import zstandard
 
 from alibi_jax.data import DataConfig, load_corpus, sources
 from alibi_jax.errors import UserError
+from tests.disks import disk as disk
 
 LINE = b'{"title": "a", "text": "some text"}\n'
 
@@ -69,18 +70,22 @@ FILES = [
     ("a.jsonl", LINE + b'{"text": ["b"]}', "line 2: field 'text' holds list, not text"),
     ("a.jsonl", b'{"text": "ab\\ud800"}', "half a surrogate pair at character 2"),
     ("a.jsonl", b"[" * 100_000, "line 1: JSON nested too deep"),
-    ("a.txt.gz", gzip.compress(b"text " * 999)[:-9], r"a.txt.gz: the file is cut off"),
+    ("a.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:-9], r"a.txt.gz: the file is cut off"),
     ("a.txt.xz", lzma.compress(b"text " * 999)[:-9], r"a.txt.xz: the file is cut off"),
     ("a.txt.zst", zstandard.compress(b"text " * 999)[:-9], r"a.txt.zst: the file is cut off"),
     ("a.txt.gz", b"no archive", "a.txt.gz: not a whole .gz file"),
     ("a.txt.xz", b"no archive", "a.txt.xz: not a whole .xz file"),
     ("a.txt.zst", b"no archive", "a.txt.zst: not a whole .zst file"),
-    ("a.txt.gz", gzip.compress(b"text " * 999)[:30] + b"\xff" * 30, "not a whole .gz file"),
+    (
+        "a.txt.gz",
+        gzip.compress(b"text " * 999, mtime=0)[:30] + b"\xff" * 30,
+        "not a whole .gz file",
+    ),
     ("a.txt", b"", "no text is left for the split 'train'"),
     ("a.txt", b" \n\t", "no text is left"),
     ("a.jsonl", b"\n\n", "no text is left"),
     ("a.pdf", b"%PDF", r"matches no file that can be read, only .pdf; allowed are .txt"),
-    ("a.gz", gzip.compress(b"text"), "only .gz; allowed are"),
+    ("a.gz", gzip.compress(b"text", mtime=0), "only .gz; allowed are"),
 ]
 
 
@@ -144,6 +149,20 @@ def test_unwritable_cache(tmp_path):
         DataConfig(source=f"files:{tmp_path}/*.txt", cache_dir=str(tmp_path / "cache")),
         "cache_dir: cannot write .*set cache_dir",
     )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("size=8k", "cannot write .*No space left on device.*set cache_dir"),
+        ("size=8k,ro", "cannot write .*Read-only file system.*set cache_dir"),
+    ],
+)
+def test_cache_on_a_bad_disk(tmp_path, disk, options, words):
+    disk.mount(options)
+    (tmp_path / "a.txt").write_text("text " * 9999)
+    refused(DataConfig(source=f"files:{tmp_path}/*.txt", cache_dir=str(disk.path / "cache")), words)
+    assert not list(disk.path.rglob(".unfinished-*"))
 
 
 @pytest.mark.parametrize(

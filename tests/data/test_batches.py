@@ -80,6 +80,36 @@ def test_a_step_is_the_batch_of_the_iterator():
     iterator.close()
 
 
+@pytest.mark.parametrize("rows", [[0], [1, 2], [0, 3], [0, 1, 2, 3]])
+def test_a_process_reads_rows_of_the_same_batches(rows):
+    part = stream(rows=np.array(rows))
+    for step in (0, 5, NUM_WINDOWS):
+        np.testing.assert_equal(part[step], {k: v[rows] for k, v in stream()[step].items()})
+    iterators = [training_iterator(dataset) for dataset in (stream(), part)]
+    for iterator in iterators:
+        next(iterator), next(iterator)
+    assert iterators[0].get_state() == iterators[1].get_state()  # one position for all processes
+    for iterator in iterators:
+        iterator.close()
+
+
+def test_other_rows_are_not_read():
+    class Counted:
+        def __init__(self):
+            self.reads = 0
+
+        def __len__(self):
+            return len(SPLIT.tokens)
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return SPLIT.tokens[index]
+
+    tokens = Counted()
+    stream(TokenizedSplit(tokens, SPLIT.offsets, SPLIT.num_bytes), rows=np.array([1, 2]))[3]
+    assert tokens.reads == 2
+
+
 def test_the_seed_decides_the_order():
     one, two = (first_tokens(stream(seed=seed), 8) for seed in (1, 2))
     assert (one != two).any()

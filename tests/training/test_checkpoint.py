@@ -12,6 +12,7 @@ import pytest
 
 from alibi_jax.config import OptimizerConfig
 from alibi_jax.errors import UserError
+from alibi_jax.sharding import MESH_AXES
 from alibi_jax.training.checkpoint import Checkpointer, restore
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
@@ -93,6 +94,18 @@ def test_round_trip(folder, saved, model, meshes, to_numpy, target):
     for leaf, promised in pairs:
         assert leaf.dtype == promised.dtype  # the key's too
         assert leaf.sharding.is_equivalent_to(promised.sharding, leaf.ndim)
+
+
+@pytest.mark.parametrize("num_devices", [1, 2, 4])
+def test_fewer_devices(folder, saved, model, meshes, to_numpy, num_devices):
+    """Eight devices saved it."""
+    saved(10)
+    devices = jax.devices()[:num_devices]
+    shape = (1, num_devices) + (1,) * (len(MESH_AXES) - 2)
+    abstract = make_abstract(model, jax.make_mesh(shape, MESH_AXES, devices=devices))
+    state = restore(folder, abstract).state
+    same(to_numpy, make(model, meshes[8, 1, 1], 1), state)
+    assert all(len(leaf.sharding.device_set) == num_devices for leaf in jax.tree.leaves(state))
 
 
 def test_nothing_to_restore(folder, model, meshes):

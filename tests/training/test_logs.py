@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+from alibi_jax.training.goodput import Clock
 from alibi_jax.training.logs import Logs
 
 
@@ -15,13 +16,15 @@ def metrics(loss=2.0, tokens=100.0):
     return {name: np.float32(value) for name, value in values.items()}
 
 
-def open_logs(folder, start=0, num_steps=10):
+def open_logs(folder, start=0, num_steps=10, clock=None, peak_seconds=None):
     return Logs(
         folder,
         start=start,
         num_steps=num_steps,
         bytes_per_token=2.0,
         validation_bytes_per_token=4.0,
+        clock=Clock() if clock is None else clock,
+        peak_seconds=peak_seconds,
     )
 
 
@@ -72,6 +75,10 @@ def test_values(tmp_path):
         "learning_rate",
         "bits_per_byte",
         "tokens_per_second",
+        "step_seconds_p50",
+        "step_seconds_p90",
+        "step_seconds_p99",
+        "step_seconds_max",
     }
     assert (train["step"], train["loss"]) == (2, 2.0)
     assert train["bits_per_byte"] == pytest.approx(2.0 / math.log(2) / 2.0)
@@ -89,6 +96,50 @@ def test_values(tmp_path):
     }
     assert scalars["train/loss", 2] == 2.0
     assert scalars["train/bits_per_byte", 2] == pytest.approx(train["bits_per_byte"], rel=1e-6)
+
+
+def test_times(tmp_path, capsys):
+    """Each interval has its own; validation and checkpoints are in none."""
+    now = 0.0
+    clock = Clock(now=lambda: now)
+    logs = open_logs(tmp_path, clock=clock, peak_seconds=0.5)
+    with clock.spend("steps"):
+        for step, seconds in enumerate((1.0, 2.0, 3.0, 4.0), 1):
+            now += seconds
+            logs.train(step, metrics(tokens=100.0), write=step % 2 == 0)
+            with clock.spend("validation"):
+                now += 100.0
+                logs.validation(step, 1.0)
+    logs.close()
+    first, second = (line for line in lines(tmp_path) if "loss" in line)
+    assert first["tokens_per_second"] == pytest.approx(200.0 / 3.0)
+    assert second["tokens_per_second"] == pytest.approx(200.0 / 7.0)
+    assert first["mfu"] == pytest.approx(2 * 0.5 / 3.0)
+    assert second["mfu"] == pytest.approx(2 * 0.5 / 7.0)
+    assert (second["step_seconds_p50"], second["step_seconds_max"]) == (3.5, 4.0)
+    assert second["step_seconds_p90"] == pytest.approx(3.9)
+    scalars = events(tmp_path)
+    assert scalars["train/mfu", 4] == pytest.approx(second["mfu"])
+    assert scalars["train/step_seconds_p99", 4] == pytest.approx(3.99)
+    assert "MFU 14.3%" in capsys.readouterr().err
+
+
+def test_skipped_steps_are_kept_and_counted_over_sessions(tmp_path, capsys):
+    def train(logs, step, skipped):
+        values = metrics(loss=math.nan if skipped else 2.0) | {"skipped": np.float32(skipped)}
+        logs.train(step, values, write=step % 5 == 0)
+
+    logs = open_logs(tmp_path)
+    for step in range(1, 8):
+        train(logs, step, skipped=step in (2, 4, 7))
+    logs.close()
+    assert "3 skipped" in capsys.readouterr().err
+    logs = open_logs(tmp_path, start=6)  # the last is done again
+    for step in range(7, 11):
+        train(logs, step, skipped=step == 8)
+    logs.close()
+    kept = [(line["step"], line["skipped"], line["loss"]) for line in lines(tmp_path)]
+    assert kept == [(2, 1, None), (4, 2, None), (5, 2, 2.0), (8, 3, None), (10, 3, 2.0)]
 
 
 def test_resuming_drops_what_comes_again(tmp_path):

@@ -12,9 +12,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from alibi_jax.errors import UserError
-from alibi_jax.training import checkpoint, loop
+from alibi_jax.training import checkpoint, loop, workdir
+from alibi_jax.training.goodput import Clock
 from alibi_jax.training.logs import Logs
 from alibi_jax.training.state import TrainState
+from tests.disks import disk as disk
 
 
 class FakeRun:
@@ -59,10 +61,12 @@ class FakeRun:
             compile_seconds=0.0,
         )
 
-    def train(self):
+    def train(self, **options):
         """Trains or goes on training; gives the parameters and whether it is complete."""
         with jax.set_mesh(self.mesh):
-            state, complete = loop.train(self.config, self.corpus, self.program, self.folder)
+            state, complete = loop.train(
+                self.config, self.corpus, self.program, self.folder, **options
+            )
         return int(state.step), np.array(state.params["w"]), complete
 
     @property
@@ -75,7 +79,7 @@ class FakeRun:
     def metrics_file(self):
         """The lines of metrics.jsonl without what time decides."""
         lines = map(json.loads, (self.folder / "metrics.jsonl").read_text().splitlines())
-        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+        return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
 
 
 @pytest.fixture
@@ -257,3 +261,121 @@ def test_logs_that_cannot_be_written(make_run):
     (run.folder / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl .*: free some space"):
         run.train()
+
+
+BAD = {"loss": math.nan, "skipped": 1.0}
+
+
+@pytest.mark.parametrize("stop_at", [None, 3, 4])
+def test_skipped_steps_are_counted(make_run, stop_at):
+    """Two in a row at a checkpoint, and one more; whether the run is stopped on the way or not."""
+    run = make_run(on_nonfinite="skip", log_every=100)
+    gradient = BAD | {"loss": 1.0, "grad_norm": math.inf}
+    run.metrics |= {3: BAD, 4: gradient, 7: BAD, 8: {"skipped": 0.0}}
+    if stop_at:
+        run.before = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == stop_at else None
+        assert run.train()[0] == stop_at
+        run.before = lambda step: None
+    assert run.train()[::2] == (8, True)
+    counts = [(x["step"], x["skipped"]) for x in run.metrics_file if "skipped" in x]
+    assert counts == [(3, 1), (4, 2), (7, 3), (8, 3)]
+    assert run.saved == [2, 3, 4, 6, 8] if stop_at == 3 else [2, 4, 6, 8]
+
+
+@pytest.mark.parametrize("good", [None, 6])
+def test_skipping_has_an_end(make_run, capsys, good):
+    run = make_run(on_nonfinite="skip", num_steps=18, checkpoint_every=5)
+    run.metrics |= {step: BAD for step in range(4, 16) if step != good}
+    if good:  # it starts the count again
+        assert run.train()[0] == 18
+        assert "step 15: loss is nan: skipped" in capsys.readouterr().out
+        return
+    with pytest.raises(loop.Diverged, match="nan at step 13, as 10 times in a row: stopped"):
+        run.train()
+    assert run.saved == [5, 10]
+
+
+@pytest.mark.filterwarnings("ignore:builtin type .* has no __module__:DeprecationWarning")
+def test_profile(make_run, undisturbed):
+    """Two steps are traced, and a run that resumes beyond them traces none."""
+    run = make_run()
+    run.before = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
+    assert run.train(profile=range(3, 5))[0] == 6
+    traces = list((run.folder / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1 and traces[0].parts[-4:-2] == ("plugins", "profile")
+    planes = jax.profiler.ProfileData.from_file(str(traces[0])).planes
+    events = (event for plane in planes for line in plane.lines for event in line.events)
+    steps = [dict(event.stats)["step_num"] for event in events if event.name == "train"]
+    assert steps == [3, 4]
+    run.before = lambda step: None
+    same(run, undisturbed)
+    with pytest.raises(RuntimeError, match="No profile started"):
+        jax.profiler.stop_trace()
+    run.train(profile=range(3, 5))
+    assert list((run.folder / "profile").rglob("*.xplane.pb")) == traces
+
+
+@pytest.mark.parametrize("profile", [range(7, 8), range(5, 7)])
+def test_profile_ends_with_the_run(make_run, profile):
+    run = make_run()
+    run.metrics[6] = {"loss": math.nan} if profile.start == 5 else {}
+    try:
+        run.train(profile=profile)
+    except loop.Diverged:
+        assert profile.start == 5
+    assert len(list((run.folder / "profile").rglob("*.xplane.pb"))) == 1
+
+
+def test_goodput(make_run):
+    run, clock = make_run(), Clock()
+    run.before = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
+    run.train(clock=clock)
+    for number in (1, 2):
+        record = json.loads((run.folder / "goodput.json").read_text())
+        assert record["sessions"] == number
+        spent = record["seconds"]
+        named = ("steps", "input", "checkpoint", "validation")
+        assert all(spent[name] > 0 for name in named) and spent["evaluation"] == 0
+        if number == 1:
+            assert sum(spent.values()) <= sum(clock.seconds.values())
+            run.before = lambda step: None
+            first = spent
+            run.train()
+    assert all(spent[name] >= first[name] for name in spent) and spent["steps"] > first["steps"]
+
+
+def test_validation_compiles_once_and_before_training(config, corpus, changed, meshes, tmp_path):
+    compiled = []
+
+    def listen(event, _, fun_name="", **__):
+        if event.endswith("backend_compile_duration") and "losses" in fun_name:
+            compiled.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        with jax.set_mesh(meshes[2, 2, 2]):
+            program = loop.compile_program(config, meshes[2, 2, 2])
+            assert len(compiled) == 1
+            loop.train(config, corpus, program, tmp_path)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert sum("validation_loss" in line for line in lines) == 2
+    assert len(compiled) == 1
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(("size", "some"), [(40, False), (100, True)])
+def test_full_disk(make_run, undisturbed, disk, size, some):
+    """A real one, with room for no checkpoint or for some; then it gets more."""
+    disk.mount(f"size={size}k")
+    run = make_run()
+    run.folder = disk.path / "run"
+    run.folder.mkdir()
+    with pytest.raises(UserError, match=r"cannot write .*: free some space") as caught:
+        run.train()
+    assert "\n" not in str(caught.value)
+    assert bool(workdir.checkpoint_steps(run.folder / "checkpoints")) == some
+    disk.mount("remount,size=16m")
+    same(run, undisturbed)

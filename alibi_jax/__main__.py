@@ -1,0 +1,7 @@
+"""`python -m alibi_jax`: the `alibi` command."""
+
+import sys
+
+from alibi_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,75 @@
+"""The `alibi` command: what a person does with a config or a run, beside training."""
+
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from alibi_jax.errors import UserError, require
+
+
+class Command(NamedTuple):
+    """A module with `main(arguments)`, whose docstring is the help, and what it is for."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "plan": Command("alibi_jax.plan", "memory, FLOPs and step time of a run on a TPU slice"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `alibi COMMAND ...`; the exit code is 0 if done, 1 if the answer is no, 2 for bad input.
+
+    130: Ctrl-C.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if not words or words[0] in ("--help", "-h"):
+            print(usage())
+            return 0
+        name, *rest = words
+        require(name in COMMANDS, f"alibi {name} is not known: there is {', '.join(COMMANDS)}")
+        module = importlib.import_module(COMMANDS[name].module)
+        if not rest or "--help" in rest or "-h" in rest:
+            print((module.__doc__ or "").strip())
+            return 0
+        run: Callable[[list[str]], int] = module.main
+        return run(rest)
+    except UserError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+def usage() -> str:
+    """What `alibi --help` prints."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:<{width}}  {c.summary}" for name, c in COMMANDS.items())
+    return f"alibi COMMAND --FLAG=VALUE ...\n\n{commands}\n\n`alibi COMMAND --help` says it all."
+
+
+def parse_flags(arguments: Iterable[str], names: Sequence[str]) -> dict[str, str]:
+    """The values of `--name=value` and `--name value`.
+
+    Args:
+      arguments: the command line, without the command.
+      names: what may be given; "--config." allows every name that begins so.
+
+    Raises:
+      UserError: a name that is not among these, or one without a value.
+    """
+    flags: dict[str, str] = {}
+    words = list(arguments)
+    while words:
+        name, equals, value = words.pop(0).partition("=")
+        known = name in names or any(n.endswith(".") and name.startswith(n) for n in names)
+        shown = ", ".join(f"{n}FIELD" if n.endswith(".") else n for n in names)
+        require(known, f"{name} is not known: there is {shown}")
+        require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
+        flags[name] = value if equals else words.pop(0)
+    return flags

@@ -24,9 +24,7 @@ CONFIG = DecoderConfig(
 
 @pytest.mark.slow
 def test_a_million_tokens_forward_and_backward():
-    """Losses and gradients of tokens at the start of the last device's chunk, of which one device
-    gets the same from these and some thousands before.
-    """  # fmt: skip
+    """Score the first tokens of the last chunk: one device gets the same of 2048 tokens before."""
     start = LENGTH - LENGTH // DEVICES
     scored = slice(start, start + 64)
     window = slice(start - 2048, start + 65)
@@ -51,14 +49,13 @@ def test_a_million_tokens_forward_and_backward():
         weights = jax.device_put(weights, spec("batch", "length"))
         params = jax.jit(init)()
         compiled = gradients.lower(params, placed, weights).compile()
-        together = compiled(params, placed, weights)
-    (value, found), grads = together
-    (_, expected_found), expected_grads = alone
-    print(compiled.memory_analysis())
-    np.testing.assert_allclose(found[:, scored], expected_found[:, -64:], rtol=2e-5)
+        (_, found), grads = compiled(params, placed, weights)
+    (_, expected), expected_grads = alone
+    np.testing.assert_allclose(np.asarray(found)[:, scored], expected[:, -64:], rtol=2e-5)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(np.asarray(x), y, rtol=1e-3, atol=1e-4),
         grads,
         expected_grads,
     )
-    assert compiled.memory_analysis().temp_size_in_bytes < 2**31
+    # Of one device; the logits of its chunk are 8 MB, and one head's of all tokens were 4 TB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**29

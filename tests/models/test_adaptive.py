@@ -177,7 +177,8 @@ def test_chunks_skip_the_tails_that_none_of_their_tokens_needs(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtype"), [((8, 1, 1), "bfloat16"), ((2, 2, 2), "float32"), ((1, 4, 2), "float32")]
+    ("sizes", "dtype"),
+    [((8, 1, 1, 1), "bfloat16"), ((1, 4, 2, 1), "float32"), ((1, 2, 2, 2), "float32")],
 )
 def test_meshes_agree_with_one_device(sizes, dtype, monkeypatch):
     monkeypatch.setattr(softmax, "LOGITS_AT_ONCE", 3 * VOCAB)
@@ -197,7 +198,7 @@ def test_meshes_agree_with_one_device(sizes, dtype, monkeypatch):
         placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding.spec), params, shapes)
         table = placed["vocabulary"]["bands"][1]["table"][...]
         assert table.addressable_shards[0].data.shape == (7, 8 // sizes[1])
-        on_mesh = [jax.device_put(x, spec("batch", None)) for x in (tokens, targets)]
+        on_mesh = [jax.device_put(x, spec("batch", "length")) for x in (tokens, targets)]
         other_value, other_grads = run(placed, *on_mesh)
         other_logits = logits(placed, on_mesh[0])
     tolerance = 1e-5 if dtype == "float32" else 3e-2

@@ -70,6 +70,7 @@ def run(config: Config, directory: Path, profile: str | None) -> None:
             config, corpus, program, directory, clock=clock, profile=traced
         )
         if not complete:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
             print_once(goodput.table(clock.record()))
             print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
             return
@@ -110,8 +111,8 @@ def run(config: Config, directory: Path, profile: str | None) -> None:
     with workdir.writing(directory):
         evaluation.write_json(summary, directory / "extrapolation.json")
         evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
-        clock.write(directory)
-    print(f"{goodput.table(clock.record())}\n")
+        spent = clock.write(directory)
+    print(f"{goodput.table(spent)}\n")
     print(evaluation.table(summary))
     print(f"\nfigure {directory / 'extrapolation.png'}, numbers {directory / 'extrapolation.json'}")
 

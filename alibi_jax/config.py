@@ -100,13 +100,19 @@ class Config:
         self.optimizer.validate()
         self.training.validate()
         self.evaluation.validate(self.data.sequence_length)
-        data, fsdp, tensor = self.mesh.sizes(num_devices)
+        data, fsdp, tensor, context = self.mesh.sizes(num_devices)
         batch, parts = self.data.batch_size, self.training.gradient_accumulation
         require(
             batch % (parts * data * fsdp) == 0,
             f"config.data.batch_size={batch} does not divide into {parts} microbatch(es) over "
             f"{data * fsdp} device(s) of the data and fsdp axes: use a multiple of "
             f"{parts * data * fsdp}",
+        )
+        require(
+            self.data.sequence_length % context == 0,
+            f"config.data.sequence_length={self.data.sequence_length} does not divide over "
+            f"{context} devices of the context axis: use a multiple of {context}, or a smaller "
+            "axis in config.mesh",
         )
         sharded = {
             "num_heads": tensor,
@@ -120,7 +126,7 @@ class Config:
             require(
                 size % shards == 0,
                 f"config.model.{name}={size} does not divide over {shards} devices of the "
-                f"{'fsdp' if name == 'embed_dim' else 'tensor'} axis: use a multiple of {parts}, "
+                f"{'fsdp' if name == 'embed_dim' else 'tensor'} axis: use a multiple of {shards}, "
                 "or a smaller axis in config.mesh",
             )
         narrowest = self.model.band_dims()[-1]

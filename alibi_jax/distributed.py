@@ -40,7 +40,7 @@ FLAGS = ("coordinator_address", "num_processes", "process_id")  # of jax.distrib
 
 _HEARTBEAT_SECONDS = 40  # without a sign of life a process counts as lost
 _START_SECONDS = 300  # for all processes to come
-_LOOK_SECONDS = 1.0  # between looks for failures of others
+_LOOK_SECONDS = 2.0  # between looks for failures of others
 _LEAVE_SECONDS = 5.0  # for the others to see a failure before the coordinator goes
 _FAILURE, _LEFT = "alibi_jax/failure", "alibi_jax/left"  # folders of the coordination service
 _AGAIN = "start all processes again with the same command, which goes on from the last checkpoint"
@@ -70,7 +70,7 @@ def initialize(flags: dict[str, str]) -> None:
     jax.config.update("jax_enable_preemption_service", False)
     _on_abort(
         f"error: the processes of this run did not all come within {_START_SECONDS} seconds: start "
-        f"every one, with the same --distributed.{FLAGS[0]} and --distributed.{FLAGS[1]}"
+        "every one, with the same address of process 0 and the same number of processes"
     )
     try:
         jax.distributed.initialize(
@@ -259,16 +259,16 @@ def _check_port(given: dict[str, Any]) -> None:
     """The service crashes where the port is taken."""
     if given.get("process_id") != 0 or "coordinator_address" not in given:
         return
-    address = given["coordinator_address"]
-    with socket.socket(socket.AF_INET6) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the service does
-        try:
-            probe.bind(("::", int(address.rpartition(":")[2])))
-        except OSError as error:
-            raise UserError(
-                f"--distributed.coordinator_address={address}: the port cannot be used "
-                f"({error.strerror}): choose another, the same for all processes"
-            ) from error
+    address, dual = given["coordinator_address"], socket.has_dualstack_ipv6()
+    everywhere = ("", int(address.rpartition(":")[2]))
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(everywhere, family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        raise UserError(
+            f"--distributed.coordinator_address={address}: the port cannot be used "
+            f"({error.strerror}): choose another, the same for all processes"
+        ) from error
 
 
 def _watch() -> None:

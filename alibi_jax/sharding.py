@@ -16,11 +16,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from alibi_jax.errors import require
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# Neighbours along the last are closest to each other, and context sends most.
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 # logical axis -> mesh axes. Anything else is replicated.
 RULES: dict[str, str | tuple[str, ...]] = {
     "batch": ("data", "fsdp"),  # activations: sequences
+    "length": "context",  # activations: positions in a sequence
     "embed": "fsdp",  # parameters: the model dimension, gathered where it is used
     "heads": "tensor",  # parameters and activations: query and key/value heads
     "mlp": "tensor",  # parameters and activations: the hidden layer of the MLP
@@ -34,6 +36,7 @@ class MeshConfig:
     data: int = -1  # copies of the model, each with its share of the batch; -1: all other devices
     fsdp: int = 1  # shards of parameters and optimizer state, each with its share of the batch
     tensor: int = 1  # shards of heads and of the MLP's hidden layer
+    context: int = 1  # shards of every sequence, so that each device has some of its positions
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Sizes in the order of `MESH_AXES`, with -1 filled; raises UserError if impossible."""

@@ -4,8 +4,9 @@ Paper     Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022 (arXiv:2108.1
           and 15-20, on the model of Baevski & Auli 2019 (arXiv:1809.10853); optimizer, schedule and
           batch are those of the authors' command (`transformer_lm_wiki103` in fairseq)
 Data      WikiText-103's wiki.{train,valid,test}.tokens in a folder wikitext-103, whole words
-Hardware  8 GPUs or TPU cores; 21.1B words, 207 GPU hours at the paper's 28,300 words/s on a V100;
-          on fewer devices raise --config.training.gradient_accumulation
+Hardware  8 devices of 32 GB (compiled for a TPU, alibi512 takes 24 GB of temporaries on each); with
+          fewer or smaller ones raise --config.training.gradient_accumulation. 21.1B words are 207
+          GPU hours at the paper's 28,300 words/s on a V100
 Command   python train.py --config=configs/wikitext103.py:alibi512 --workdir=runs/wikitext103
 Variants  alibi512 (without one), alibi1024, sinusoidal1024, sinusoidal2048; `tiny` has every
           mechanism on two layers and the Python standard library, for a laptop

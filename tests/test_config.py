@@ -281,16 +281,27 @@ def test_limits(section, fields, words):
 
 def test_what_is_sharded_must_divide():
     model = DecoderConfig(num_heads=6, embed_dim=48, mlp_dim=64)
-    refused("num_heads=6 .* 4 devices of the tensor axis: use", sharded(model, tensor=4), 8)
+    refused(
+        "num_heads=6 .* 4 devices of the tensor axis: use a multiple of 4",
+        sharded(model, tensor=4),
+        8,
+    )
     model = DecoderConfig(num_heads=8, num_kv_heads=2)
     refused("num_kv_heads=2 does not divide", sharded(model, tensor=4), 8)
     refused("mlp_dim=42 does not divide", sharded(DecoderConfig(mlp_dim=42), tensor=4), 8)
     model = DecoderConfig(num_heads=2, embed_dim=12)
-    refused("embed_dim=12 .* 8 devices of the fsdp axis: use", sharded(model, fsdp=8), 8)
+    refused(
+        "embed_dim=12 .* 8 devices of the fsdp axis: use a multiple of 8", sharded(model, fsdp=8), 8
+    )
     sharded(DecoderConfig(), fsdp=2, tensor=4)(8)
     model = DecoderConfig(embed_dim=64, adaptive_cutoffs=(20, 60))
     refused("width 4, of the last band, do not divide over 8", sharded(model, fsdp=8), 8)
     sharded(model, fsdp=4)(8)
+    odd = dataclasses.replace(Config(), data=DataConfig(sequence_length=100))
+    odd = dataclasses.replace(odd, mesh=MeshConfig(context=8))
+    refused(
+        "sequence_length=100 .* 8 devices of the context axis: use a multiple of 8", odd.validate, 8
+    )
 
 
 def sharded(model, **mesh):

@@ -77,3 +77,14 @@ def test_rows_to_devices_and_back(sizes):
         placed = to_devices({"x": x[rows]}, sharding, 16)["x"]
         assert placed.sharding == sharding
         np.testing.assert_array_equal(to_host(placed), x)
+
+
+def test_rows_of_one_process_of_several():
+    """Its blocks in order, and a block that several of its devices hold once."""
+
+    class Sharding:
+        def addressable_devices_indices_map(self, shape):
+            blocks = [slice(6, 8), slice(2, 4), slice(2, 4)]
+            return {device: (block, slice(None)) for device, block in enumerate(blocks)}
+
+    assert local_rows(Sharding(), (8, 3)).tolist() == [2, 3, 6, 7]

@@ -187,16 +187,11 @@ def test_end_to_end(command, finished):
     assert [line["step"] for line in train] == list(range(10, STEPS + 1, 10))
     assert [line["step"] for line in validation] == [50, 100, 150, 200]
     assert train[-1]["loss"] < train[0]["loss"] - 0.5
+    verdict = result["verdict"]["text"]
     spent = json.loads((folder / "goodput.json").read_text())["seconds"]
     assert all(spent[name] > 0 for name in goodput.ACTIVITIES)
     assert f"wall time {sum(spent.values()):,.1f} s, " in out
-    for words in (
-        "mesh",
-        "parameters",
-        "a step: p50",
-        "validation loss",
-        result["verdict"]["text"][:30],
-    ):
+    for words in ("mesh", "parameters", "a step: p50", "validation loss", verdict[:30]):
         assert words in out
     assert f"{STEPS}/{STEPS}" in err
 
@@ -308,6 +303,22 @@ def test_diverged(command, tmp_path):
         _, abstract = abstract_state(config.model, make_optimizer(config.optimizer, STEPS), 0, mesh)
         state = checkpoint.restore(folder / "checkpoints", abstract).state
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.slow
+def test_skipping_does_not_hide_divergence(command, tmp_path):
+    """A step of finite gradients makes parameters that have none any more: no batch will help."""
+    flags = ("learning_rate=1e3", "weight_decay=1e3", "warmup_steps=0", "schedule=constant")
+    folder, flags = tmp_path / "run", [f"--config.optimizer.{flag}" for flag in flags]
+    out, err = command.run(folder, *flags, "--config.training.on_nonfinite=skip", expect=1)
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ") and ", as 10 times in a row: stopped; " in line
+    step = int(line.split(" at step ")[1].split(",")[0])
+    skipped = [line for line in out.splitlines() if line.endswith(": skipped")]
+    assert [line.split(":")[0] for line in skipped[-9:]] == [
+        f"step {step - n}" for n in range(9, 0, -1)
+    ]
+    assert metrics(folder)[-1]["step"] == step and metrics(folder)[-1]["skipped"] >= 10
 
 
 @pytest.mark.slow
@@ -461,8 +472,8 @@ FLAGS = [
     (["--config=C"], "--workdir is missing: give --config=FILE and --workdir=DIR"),
     (["--config=C", "--workdir="], "--workdir is missing"),
     (["--config=C", "--workdir"], "--workdir needs a value: --workdir=VALUE"),
-    (["--config=C", "--workdir=W", "--seed=1"], "--seed is not known: give"),
-    (["--config=C", "--workdir=W", "extra"], "extra is not known: give"),
+    (["--config=C", "--workdir=W", "--seed=1"], "--seed is not known: there is"),
+    (["--config=C", "--workdir=W", "extra"], "extra is not known: there is"),
     (["--config=C", "--workdir=W", "--config.training.seed"], "needs a value"),
     (["--config=C", "--workdir=W", "--config.=1"], "does not exist: it has model, data"),
     (["--config=C", "--workdir=W", "--configs=1"], "--configs is not known"),
@@ -492,7 +503,7 @@ def test_bad_flags(command, train, capsys, tmp_path, monkeypatch, flags, words):
 def test_help(command, train, capsys):
     for arguments in ([], ["--help"], ["-h"]):
         assert train.main(arguments) == 0
-        assert "--config=configs/NAME.py --workdir=DIR" in capsys.readouterr().out
+        assert "--config=configs/NAME.py[:VARIANT] --workdir=DIR" in capsys.readouterr().out
     assert train.main(["--help", f"--config={command.file}"]) == 0
     out = capsys.readouterr().out
     assert "--config.model.num_layers=1\n" in out and "--config.evaluation.multiples=1,2\n" in out

@@ -10,7 +10,7 @@ from jax import Array
 
 from alibi_jax.attention import choice
 from alibi_jax.attention.case import Case
-from alibi_jax.attention.devices import per_device
+from alibi_jax.attention.devices import length_is_sharded, per_device, whole_length
 from alibi_jax.bias import check_integer, check_slopes
 from alibi_jax.typing import (
     Attended,
@@ -48,7 +48,10 @@ def attention(
     implementations that go by tiles, and any number of times by "dense".
 
     Under an explicit mesh, batch and head axes may be sharded without further annotation, as long
-    as the mesh axis of the heads divides K, or K is 1 and replicated.
+    as the mesh axis of the heads divides K, or K is 1 and replicated. So may the lengths of query,
+    key and value, alike and over one mesh axis: positions are those in the whole sequence, and keys
+    go round a ring of devices as far as the slope of their head reaches
+    (`alibi_jax.attention.context`). "blockwise" and "pallas_tpu" can do that.
 
     Args:
       query: floating [B, T, H, D].
@@ -121,6 +124,7 @@ def attention(
         shared_segments=key_segment_ids is None,
         scale=None if isinstance(scale, Array) else float(scale),
         capability=choice.capability(),
+        length_sharded=length_is_sharded(query),
     )
     if implementation is None:
         implementation = choice.choose(case)
@@ -132,7 +136,9 @@ def attention(
     attend = partial(
         choice.IMPLEMENTATIONS[implementation].attend, causal=causal, tolerance=tolerance
     )
-    if implementation != "dense":
+    if implementation == "dense":
+        query, key, value = whole_length(query), whole_length(key), whole_length(value)
+    else:
         attend = partial(per_device, attend)
     return attend(
         query,

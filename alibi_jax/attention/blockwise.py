@@ -7,15 +7,15 @@ al., arXiv:2205.14135, algorithm 4). `alibi_jax.attention.tiles` says which tile
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Int
 
-from alibi_jax.attention.tiles import Plan, key_ranges
+from alibi_jax.attention.context import Passes, ring_attention
+from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
 from alibi_jax.bias import distance_bias, float_dtype
 from alibi_jax.typing import (
     Attended,
@@ -33,15 +33,6 @@ from alibi_jax.typing import (
 QUERY_TILE, KEY_TILE, STEP = 512, 256, 1024
 
 
-class Tokens(NamedTuple):
-    """Where the tokens stand: positions [1 or B, length], segment ids [B, length] or None."""
-
-    query_positions: Int[Array, "#B T"]
-    key_positions: Int[Array, "#B S"]
-    segment_ids: Int[Array, "B T"] | None
-    key_segment_ids: Int[Array, "B S"] | None
-
-
 def blockwise(
     query: Query,
     key: Key,
@@ -55,8 +46,12 @@ def blockwise(
     segment_ids: SegmentIds | None,
     key_segment_ids: SegmentIds | None,
     tolerance: float,
+    axis: str | None = None,
 ) -> Attended:
     """Compute `alibi_jax.attention`; the arguments are as that function checks and fills them.
+
+    With `axis`, they are one device's part of sequences that a surrounding `jax.shard_map` divides
+    over that mesh axis (`alibi_jax.attention.context`).
 
     All arithmetic is float32 (float64 for float64 inputs): 16-bit tiles are widened first.
     """
@@ -76,8 +71,10 @@ def blockwise(
         tolerance=tolerance,
         query_tile=tile,
         key_tile=key_tile,
+        axis=axis,
     )
-    output = _attend(
+    attend = _attend if axis is None else partial(ring_attention, axis, PASSES)
+    output = attend(
         Plan(causal, key_length, tile, key_tile),
         _pad(query, tile),
         _pad(key, key_tile),
@@ -116,7 +113,7 @@ def _attend(plan, query, key, value, slopes, scale, tokens, ranges):
 
 
 def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
-    """Return the output, and each tile's log-sum-exp [B * H * nT, t]: +inf for keyless rows."""
+    """Return the output, and each row's log-sum-exp [B, H, T]: +inf for keyless rows."""
     group = query.shape[2] // key.shape[2]
     dtype = slopes.dtype
 
@@ -153,7 +150,8 @@ def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
 
     output = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
     output, _ = _vary_alike(output, query)
-    return jax.lax.scan(one_tile, output, _tiles(ranges))
+    output, lse = jax.lax.scan(one_tile, output, _tiles(ranges))
+    return output, lse.reshape(query.shape[0], query.shape[2], -1)
 
 
 def _attend_forward(plan, query, key, value, slopes, scale, tokens, ranges):
@@ -166,10 +164,23 @@ def _attend_forward(plan, query, key, value, slopes, scale, tokens, ranges):
 
 
 def _attend_backward(plan, kept, cotangent):
-    (query, key, value, slopes, scale, tokens, ranges), output, lse, of_slopes = kept
+    inputs, output, lse, of_slopes = kept
+    query, key, value, *_ = inputs
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
         cotangent, _ = _vary_alike(cotangent, query)
+    dquery, dkey, dvalue, *rest = _backward(
+        plan, inputs, output, lse, cotangent, of_slopes=of_slopes is not None
+    )
+    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), *rest, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+
+
+def _backward(plan, inputs, output, lse, cotangent, *, of_slopes):
+    """Return the gradients of query, key, value, slopes and scale; all but the first are wide."""
+    query, key, value, slopes, scale, tokens, ranges = inputs
     group = query.shape[2] // key.shape[2]
     dtype = slopes.dtype
 
@@ -194,7 +205,7 @@ def _attend_backward(plan, kept, cotangent):
             dlogits = weights * (_dot(v, dout, 1, 1) - mean[None, :])
             dkey = _update(dkey, b, start, h // group, _dot(dlogits, scaled, 1, 0), add=True)
             dvalue = _update(dvalue, b, start, h // group, _dot(weights, dout, 1, 0), add=True)
-            if of_slopes is not None:
+            if of_slopes:
                 dslope -= jnp.sum(dlogits * jnp.abs(distance).astype(dtype))
             transposed = jax.lax.optimization_barrier(k.T)
             return dq + _dot(transposed, dlogits, 1, 0), dslope, dkey, dvalue
@@ -214,32 +225,35 @@ def _attend_backward(plan, kept, cotangent):
         jnp.zeros(value.shape, dtype),
     )
     zeros, _ = _vary_alike(zeros, query)
-    (dquery, dscale, dkey, dvalue), dslope = jax.lax.scan(one_tile, zeros, (_tiles(ranges), lse))
+    (dquery, dscale, dkey, dvalue), dslope = jax.lax.scan(
+        one_tile, zeros, (_tiles(ranges), lse.reshape(-1, plan.query_tile))
+    )
     batch, _, heads, _ = query.shape
     dslopes = dslope.reshape(batch, heads, -1).sum(axis=(0, 2))
-    dkey, dvalue = dkey.astype(key.dtype), dvalue.astype(value.dtype)
-    return dquery, dkey, dvalue, dslopes, dscale, None, None
+    return dquery, dkey, dvalue, dslopes, dscale
 
 
-_attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
+PASSES = Passes(_forward, _backward)
 
 
 def _over_keys(
     plan: Plan, first: Array, end: Array, step: Callable[..., Any], carry: tuple[Array, ...]
 ) -> tuple[Array, ...]:
-    """Run `step(start, size, carry)` over tiles first to end, STEP keys at a time where it can."""
-    tiles = -(-plan.key_length // plan.key_tile)
-    size, tiles = plan.key_tile, -(-plan.key_length // plan.key_tile)
-    many = max(min(STEP // size, tiles), 1)
-    middle = first + (end - first) % many
-    if many > 1:
-        carry = jax.lax.fori_loop(first, middle, lambda j, c: step(j * size, size, c), carry)
-    return jax.lax.fori_loop(
-        0,
-        (end - middle) // many,
-        lambda j, c: step((middle + j * many) * size, many * size, c),
-        carry,
-    )
+    """Run `step(start, size, carry)` over key tiles first to end.
+
+    It takes STEP keys at a time, and what is then left in halves of that: a tile alone is too small
+    a product for two cores.
+    """
+    count = max(min(STEP, plan.key_length) // plan.key_tile, 1)
+    while count:
+        num_steps = (end - first) // count
+
+        def run(j: Array, carry: Any, first: Array = first, count: int = count) -> Any:
+            return step((first + j * count) * plan.key_tile, count * plan.key_tile, carry)
+
+        carry = jax.lax.fori_loop(0, num_steps, run, carry)
+        first, count = first + num_steps * count, count // 2
+    return carry
 
 
 def _tile_bias(

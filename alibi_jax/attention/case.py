@@ -22,3 +22,4 @@ class Case(NamedTuple):
     shared_segments: bool  # key_segment_ids were not given: a query's own key is of its segment
     scale: float | None  # None: an array, which may be known only when it runs
     capability: tuple[int, int] | None  # CUDA compute capability, such as (9, 0); None without
+    length_sharded: bool = False  # the queries of a sequence are divided over devices

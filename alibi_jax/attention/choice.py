@@ -25,6 +25,13 @@ def serves_all(case: Case) -> str | None:
     return None
 
 
+def refusal_dense(case: Case) -> str | None:
+    """Return why `dense` cannot serve a case, or None if it can."""
+    if case.length_sharded:
+        return "needs whole sequences, and these are divided over devices"
+    return None
+
+
 class Implementation(NamedTuple):
     """A function with the arguments of `dense`, and why it refuses a case (None: it serves)."""
 
@@ -33,7 +40,7 @@ class Implementation(NamedTuple):
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "dense": Implementation(dense),
+    "dense": Implementation(dense, refusal_dense),
     "blockwise": Implementation(blockwise),
     "pallas_tpu": Implementation(pallas_tpu.pallas_tpu, pallas_tpu.refusal),
     "cudnn": Implementation(cudnn, refusal_cudnn),
@@ -44,14 +51,14 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 def choose(case: Case) -> str:
     """Return the name of the implementation that serves a case best."""
     logits = case.length * case.key_length
-    if logits <= SMALL:
+    if logits <= SMALL and not case.length_sharded:
         return "dense"
     if case.platform == "tpu" and pallas_tpu.refusal(case) is None:
         return "pallas_tpu"
     if case.platform == "gpu":
         if refusal_cudnn(case) is None:
             return "cudnn"
-        if 4 * case.batch * case.heads * logits <= SMALL_ON_GPU:
+        if not case.length_sharded and 4 * case.batch * case.heads * logits <= SMALL_ON_GPU:
             return "dense"
     return "blockwise"
 

@@ -264,6 +264,8 @@ def _refusal_of_bias(case: Case) -> str | None:
         return "needs causal=True: columns cannot hold |i - j|"
     if not case.aligned:
         return "takes no positions: its mask is that of the indices"
+    if case.length_sharded:
+        return "needs whole sequences, and these are divided over devices"
     return None
 
 

@@ -1,6 +1,10 @@
-"""Attention on many devices: each does its own batch entries and heads, with no communication."""
+"""Attention on many devices: each does its own batch entries, heads and queries.
+
+Only keys are ever communicated, and only where sequences are divided over devices.
+"""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -26,9 +30,11 @@ def per_device(
     is not: it must see the shapes of one device. Where no mesh is set, or none of its axes is
     explicit, this is a plain call, and the caller decides, for example with `jax.shard_map`.
 
+    Where lengths are sharded over a mesh axis, `attend` also gets `axis`, its name.
+
     Raises:
-      ValueError: a sharding that needs communication: of lengths or head dims, or of query heads
-        but not of more than one key head.
+      ValueError: a sharding that it cannot do: of head dims, of lengths over several mesh axes or
+        not alike, or of query heads but not of more than one key head.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.explicit_axes:
@@ -41,26 +47,30 @@ def per_device(
 
     of_query, of_key, of_value = (_axes(x) for x in (query, key, value))
     for name, x, axes in (("query", query, of_query), ("key", key, of_key)):
-        if axes[1] or axes[3]:
+        if len(axes[1]) > 1 or axes[3]:
             raise ValueError(
-                f"{name} is sharded as {_spec(x)}: only batch and heads (axes 0 and 2) may be; "
-                'implementation="dense" takes any sharding'
+                f"{name} is sharded as {_spec(x)}: only batch, length and heads (axes 0 to 2) may "
+                'be, and length over one mesh axis; implementation="dense" takes any sharding of '
+                "batch, heads and head dim"
             )
-    if not of_query[0] == of_key[0] == of_value[0] or of_key[1:3] != of_value[1:3] or of_value[3]:
+    if not of_query[:2] == of_key[:2] == of_value[:2] or of_key[2] != of_value[2] or of_value[3]:
         raise ValueError(
-            "query, key and value must be sharded alike along batch and heads (axes 0 and 2), got "
-            f"{_spec(query)}, {_spec(key)} and {_spec(value)}"
+            "query, key and value must be sharded alike along batch, length and heads (axes 0 to "
+            f"2), got {_spec(query)}, {_spec(key)} and {_spec(value)}"
         )
     if of_key[2] != of_query[2] and (of_key[2] or key.shape[2] > 1):
         raise ValueError(
             f"query heads are sharded over {of_query[2]} and the {key.shape[2]} key heads over "
             f"{of_key[2]}: they must be sharded alike, or there must be one key head"
         )
-    batch, heads = _spec(query)[0], _spec(query)[2]
+    batch, length, heads, _ = _spec(query)
+    if of_query[1]:
+        (axis,) = of_query[1]
+        attend = partial(attend, axis=axis)
 
     def of_tokens(x: Array) -> PartitionSpec:
         # Positions that all batch entries share have one row, which every device keeps.
-        return PartitionSpec(batch if x.shape[0] == query.shape[0] else None)
+        return PartitionSpec(batch if x.shape[0] == query.shape[0] else None, length)
 
     inputs = (query, key, value, slopes)
     specs = (_spec(query), _spec(key), _spec(value), PartitionSpec(heads))
@@ -80,6 +90,21 @@ def per_device(
     )
     # jit, since op by op JAX has no shard_map of a custom_vjp that asks what is differentiated.
     return jax.jit(mapped)(*placed)
+
+
+def length_is_sharded(query: Array) -> bool:
+    """Return whether the queries of a sequence are divided over devices of an explicit mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return bool(mesh.explicit_axes) and bool(_axes(query)[1])
+
+
+def whole_length(x: Array) -> Array:
+    """Return x [B, L, ...] with a length that JAX does not take for sharded over an axis of one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes or _spec(x)[1] is None:
+        return x
+    batch, _, *rest = _spec(x)
+    return jax.sharding.reshard(x, PartitionSpec(batch, None, *rest))
 
 
 def _spec(x: Array) -> PartitionSpec:

@@ -24,7 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
 from alibi_jax.attention.case import Case
-from alibi_jax.attention.tiles import Plan, key_ranges
+from alibi_jax.attention.context import Passes, ring_attention
+from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
 from alibi_jax.bias import distance_bias
 from alibi_jax.typing import (
     Attended,
@@ -80,13 +81,17 @@ def pallas_tpu(
     segment_ids: SegmentIds | None,
     key_segment_ids: SegmentIds | None,
     tolerance: float,
+    axis: str | None = None,
 ) -> Attended:
     """Compute `alibi_jax.attention`; the arguments are as that function checks and fills them.
+
+    With `axis`, they are one device's part of sequences that a surrounding `jax.shard_map` divides
+    over that mesh axis (`alibi_jax.attention.context`).
 
     Products multiply in the inputs' dtype, float32 without rounding to bfloat16; all else is
     float32. In a `jax.shard_map` of your own, say `check_vma=False`.
     """
-    (batch, length), key_length = query.shape[:2], key.shape[1]
+    length, key_length = query.shape[1], key.shape[1]
     plan = Plan(
         causal,
         key_length,
@@ -94,50 +99,68 @@ def pallas_tpu(
         key_tile=min(KEY_TILE, -(-key_length // LANES) * LANES),
     )
     slopes, scale = slopes.astype(jnp.float32), jnp.asarray(scale, jnp.float32)
-    query_positions, key_positions = jnp.asarray(query_positions), jnp.asarray(key_positions)
+    tokens = Tokens(
+        jnp.asarray(query_positions), jnp.asarray(key_positions), segment_ids, key_segment_ids
+    )
     ranges = key_ranges(
         *jax.lax.stop_gradient((query, key, slopes, scale)),
         causal=causal,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        segment_ids=segment_ids,
-        key_segment_ids=key_segment_ids,
+        **tokens._asdict(),
         tolerance=tolerance,
         query_tile=plan.query_tile,
         key_tile=plan.key_tile,
+        axis=axis,
     )
 
-    def padded(x: Array, tile: int) -> Array:
-        """Return x with axis 2, the length, filled up to whole tiles."""
-        return jnp.pad(x, [(0, -n % tile if axis == 2 else 0) for axis, n in enumerate(x.shape)])
+    def padded(x: Any, tile: int) -> Any:
+        """Return [B, L, ...] with L filled up to whole tiles; None stays None."""
+        if x is None:
+            return None
+        return jnp.pad(x, [(0, -n % tile if at == 1 else 0) for at, n in enumerate(x.shape)])
 
-    def tokens(positions: Array, ids: Array | None, tile: int) -> Array:
-        rows = [jnp.broadcast_to(x, (batch, x.shape[1])) for x in (positions, ids) if x is not None]
-        return padded(jnp.stack(rows, axis=1), tile)
+    arrays = (
+        padded(query, plan.query_tile),
+        padded(key, plan.key_tile),
+        padded(value, plan.key_tile),
+        slopes,
+        scale,
+        Tokens(*map(padded, tokens, (plan.query_tile, plan.key_tile) * 2)),
+        ranges,
+    )
+    if axis is not None:
+        return ring_attention(axis, PASSES, plan, *arrays)[:, :length]
+    return _attend(plan, _inputs(*arrays)).swapaxes(1, 2)[:, :length]
 
-    inputs = Inputs(
+
+def _inputs(query, key, value, slopes, scale, tokens, ranges):
+    """Return what the kernels read of [B, T, H, D], [B, S, K, D], `Tokens` and so on."""
+
+    def rows(*of_tokens: Array | None) -> Array:
+        given = (x for x in of_tokens if x is not None)
+        return jnp.stack([jnp.broadcast_to(x, (len(query), x.shape[1])) for x in given], axis=1)
+
+    return Inputs(
         # A tile is a matrix of tokens and features, so these are the last two axes.
-        padded(query.swapaxes(1, 2), plan.query_tile),
-        padded(key.swapaxes(1, 2), plan.key_tile),
-        padded(value.swapaxes(1, 2), plan.key_tile),
+        query.swapaxes(1, 2),
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
         jnp.stack([slopes, jnp.full_like(slopes, scale)], axis=1)[:, None],
-        tokens(query_positions, segment_ids, plan.query_tile),
-        tokens(key_positions, key_segment_ids, plan.key_tile),
+        rows(tokens.query_positions, tokens.segment_ids),
+        rows(tokens.key_positions, tokens.key_segment_ids),
         jnp.stack(ranges, axis=2),
     )
-    return _attend(plan, inputs)[:, :, :length].swapaxes(1, 2)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, inputs):
     """Return [B, H, T, Dv]."""
-    return _one_by_one(_forward, plan, inputs)[0]
+    return _values(plan, inputs, inputs.query.dtype)[0]
 
 
 def _attend_forward(plan, inputs):
     of_slopes = inputs.numbers.perturbed
     inputs = Inputs(*(x.value for x in inputs))
-    output, lse = _one_by_one(_forward, plan, inputs)
+    output, lse = _values(plan, inputs, inputs.query.dtype)
     # A tuple or None, since what is kept may hold no Python values but the structure.
     return output, (inputs, output, lse, () if of_slopes else None)
 
@@ -146,13 +169,9 @@ def _attend_backward(plan, kept, cotangent):
     inputs, output, lse, of_slopes = kept
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
-    # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
-    mean = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=3)
-    rows = jnp.concatenate([lse, mean[:, :, None]], axis=2)
-    of_query = partial(_query_gradient, of_slopes=of_slopes is not None)
-    dquery, dnumbers = _one_by_one(of_query, plan, inputs, cotangent, rows)
-    dkey, dvalue = _one_by_one(_key_gradient, plan, inputs, cotangent, rows)
-    dnumbers = dnumbers.sum(axis=(0, 3))[:, None]
+    dquery, dkey, dvalue, dnumbers = _gradients(
+        plan, inputs, output, lse, cotangent, inputs.query.dtype, of_slopes=of_slopes is not None
+    )
     of_integers: Any = None
     return (Inputs(dquery, dkey, dvalue, dnumbers, of_integers, of_integers, of_integers),)
 
@@ -160,12 +179,53 @@ def _attend_backward(plan, kept, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
+def _values(plan, inputs, dtype):
+    """Return the output in a dtype, and each row's log-sum-exp: see `_forward`."""
+    return _one_by_one(partial(_forward, dtype=dtype), plan, inputs)
+
+
+def _gradients(plan, inputs, output, lse, cotangent, dtype, *, of_slopes):
+    """Return the gradients of query, key and value in a dtype, and of the numbers."""
+    # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
+    mean = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=3)
+    rows = jnp.concatenate([lse, mean[:, :, None]], axis=2)
+    of_query = partial(_query_gradient, of_slopes=of_slopes, dtype=dtype)
+    dquery, dnumbers = _one_by_one(of_query, plan, inputs, cotangent, rows)
+    of_key = partial(_key_gradient, dtype=dtype)
+    dkey, dvalue = _one_by_one(of_key, plan, inputs, cotangent, rows)
+    return dquery, dkey, dvalue, dnumbers.sum(axis=(0, 3))[:, None]
+
+
+def _pass_forward(plan, query, key, *rest):
+    # The query was widened to say what is wanted, but multiplies as it was.
+    output, lse = _values(plan, _inputs(query.astype(key.dtype), key, *rest), query.dtype)
+    return output.swapaxes(1, 2), lse[:, :, 0]
+
+
+def _pass_backward(plan, inputs, output, lse, cotangent, *, of_slopes):
+    query, key, *rest = inputs
+    *of_features, dnumbers = _gradients(
+        plan,
+        _inputs(query.astype(key.dtype), key, *rest),
+        output.swapaxes(1, 2),
+        lse[:, :, None],
+        cotangent.swapaxes(1, 2),
+        query.dtype,
+        of_slopes=of_slopes,
+    )
+    dslopes, dscale = dnumbers[:, 0, 0], dnumbers[:, 0, 1].sum()
+    return *(x.swapaxes(1, 2) for x in of_features), dslopes, dscale
+
+
+PASSES = Passes(_pass_forward, _pass_backward)
+
+
 def _one_by_one(call: Callable[..., Any], plan: Plan, *arrays: Any) -> Any:
     """Call; `jax.vmap` makes it a loop, since Pallas cannot add an axis to arrays left in HBM."""
     return jax.custom_batching.sequential_vmap(partial(call, plan))(*arrays)
 
 
-def _forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
+def _forward(plan: Plan, x: Inputs, *, dtype: jnp.dtype) -> tuple[Array, Array]:
     """Return the output, and each row's log-sum-exp f32[B, H, 1, T]: +inf for keyless rows."""
     (batch, heads, length, _), value_dim, tile = x.query.shape, x.value.shape[3], plan.query_tile
 
@@ -198,7 +258,7 @@ def _forward(plan: Plan, x: Inputs) -> tuple[Array, Array]:
         in_specs=(_of_query_tiles(plan, x),),
         out_specs=(_features(tile, value_dim), _rows(tile, 1)),
         out_shape=(
-            jax.ShapeDtypeStruct((batch, heads, length, value_dim), x.query.dtype),
+            jax.ShapeDtypeStruct((batch, heads, length, value_dim), dtype),
             jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
         ),
         scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (1, 1, value_dim)],
@@ -215,6 +275,7 @@ def _query_gradient(
     rows: Float[Array, "B H 2 T"],
     *,
     of_slopes: bool,
+    dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     """Return dquery, and what each row adds to dslopes and dscale, f32[B, H, 2, T].
 
@@ -250,7 +311,7 @@ def _query_gradient(
         in_specs=(_of_query_tiles(plan, x), _features(tile, x.value.shape[3]), _rows(tile, 2)),
         out_specs=(_features(tile, head_dim), _rows(tile, 2)),
         out_shape=(
-            jax.ShapeDtypeStruct(x.query.shape, x.query.dtype),
+            jax.ShapeDtypeStruct(x.query.shape, dtype),
             jax.ShapeDtypeStruct(rows.shape, jnp.float32),
         ),
         scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (head_dim, 1)],
@@ -261,7 +322,12 @@ def _query_gradient(
 
 
 def _key_gradient(
-    plan: Plan, x: Inputs, cotangent: Float[Array, "B H T Dv"], rows: Float[Array, "B H 2 T"]
+    plan: Plan,
+    x: Inputs,
+    cotangent: Float[Array, "B H T Dv"],
+    rows: Float[Array, "B H 2 T"],
+    *,
+    dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     """Return dkey and dvalue; the grid's last axis goes over the query heads of a key head."""
     heads, (batch, key_heads, key_length, head_dim) = x.query.shape[1], x.key.shape
@@ -321,8 +387,8 @@ def _key_gradient(
         in_specs=(specs, IN_HBM, IN_HBM, table(key_length // tile)),
         out_specs=(own(head_dim), own(value_dim)),
         out_shape=(
-            jax.ShapeDtypeStruct(x.key.shape, x.key.dtype),
-            jax.ShapeDtypeStruct(x.value.shape, x.value.dtype),
+            jax.ShapeDtypeStruct(x.key.shape, dtype),
+            jax.ShapeDtypeStruct(x.value.shape, dtype),
         ),
         scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (head_dim, value_dim)],
         compiler_params=pltpu.CompilerParams(

@@ -31,6 +31,11 @@ that sees none of its near keys has L_i = -inf, and then only unseen tiles are l
 that of logits at `2 * NEAR` keys a row, and of one number a row and key tile, reduced at once to
 a table of (T / tile) * (S / tile).
 
+Where sequences are divided over devices, each has its own queries and the rows of its table. Of
+other devices' keys that takes c, the K_J and the limits of each tile's positions and segments: a
+few numbers a tile, which are gathered. Step 3 holds for any keys that i sees. They are its own
+device's and, for the first block, the last of the device to the left.
+
 The gradients of query, key and value leave out the same small weights. That of a slope weighs them
 with their distance, and is off by about `tolerance * log(1 / tolerance)` of its own size at worst.
 
@@ -63,6 +68,15 @@ class Plan(NamedTuple):
     key_tile: int
 
 
+class Tokens(NamedTuple):
+    """Where the tokens stand: positions [1 or B, length], segment ids [B, length] or None."""
+
+    query_positions: Int[Array, "#B T"]
+    key_positions: Int[Array, "#B S"]
+    segment_ids: Int[Array, "B T"] | None
+    key_segment_ids: Int[Array, "B S"] | None
+
+
 def key_ranges(
     query: Query,
     key: Key,
@@ -77,7 +91,8 @@ def key_ranges(
     tolerance: float,
     query_tile: int,
     key_tile: int,
-) -> tuple[Int[Array, "B H nT"], Int[Array, "B H nS"]]:
+    axis: str | None = None,
+) -> tuple[Int[Array, "B H nT"], Int[Array, "B H nT"]]:
     """Return the first key tile to compute and the one to stop before, for each query tile.
 
     Args:
@@ -93,56 +108,76 @@ def key_ranges(
       tolerance: probability that may be left out of a row; 0 leaves out what no row sees.
       query_tile: queries a tile; the last tile may be shorter.
       key_tile: keys a tile.
+      axis: the mesh axis of a surrounding `jax.shard_map` that sequences are divided over, if any.
+        T and S are then those of one device, and n devices have the key tiles of each one after
+        those of the one before, n * ceil(S / key_tile) in all.
 
     Returns:
-      i32[B, H, ceil(T / query_tile)] twice, `0 <= first <= end <= ceil(S / key_tile)`.
+      i32[B, H, ceil(T / query_tile)] twice, `0 <= first <= end`, and end at most the number of key
+      tiles, ceil(S / key_tile) or that of all devices.
     """
-    (batch, length, heads, _), (key_length, key_heads) = query.shape, key.shape[1:3]
-    group = heads // key_heads
-    num_queries, num_keys = -(-length // query_tile), -(-key_length // key_tile)
+    batch, _, heads, _ = query.shape
+    group = heads // key.shape[2]
     dtype = slopes.dtype
     log_half = math.log(tolerance) - math.log(2) if tolerance > 0 else -math.inf
 
-    def per_tile(x: Array, tile: int, count: int) -> Array:
-        """Split the first axis into tiles; the last is filled with copies of the last entry."""
-        filled = jnp.pad(x, [(0, count * tile - len(x))] + [(0, 0)] * (x.ndim - 1), mode="edge")
-        return filled.reshape(count, tile, *x.shape[1:])
+    def of_all(x: Array) -> Array:
+        """Return key tiles, the last axis, of all devices."""
+        return x if axis is None else jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
+
+    # Only differences matter; as such they fit int32, wherever the positions wrap round.
+    origin = query_positions[:, :1]
+    if axis is not None:
+        origin = jax.lax.all_gather(origin, axis)[0]
+    query_positions, key_positions = query_positions - origin, key_positions - origin
+
+    # All that the table needs of keys: [B, K, nS], and limits [B, nS] or [1, nS].
+    keys = key.astype(dtype)
+    center, loudest = keys.mean(axis=1), jnp.linalg.norm(keys, axis=-1).max(axis=1)
+    if axis is not None:
+        center, loudest = jax.lax.pmean(center, axis), jax.lax.pmax(loudest, axis)
+    deviation = jnp.linalg.norm(keys - center[:, None], axis=-1).swapaxes(1, 2)
+    largest = of_all(_tiles(deviation, key_tile).max(axis=-1))
+    position_limits = [of_all(x) for x in _limits(key_positions, key_tile)]
+    segment_limits = None
+    if key_segment_ids is not None:
+        segment_limits = [of_all(x) for x in _limits(key_segment_ids, key_tile)]
+
+    if axis is not None:
+        key, key_positions = _after_its_left(key, axis), _after_its_left(key_positions, axis)
+        if key_segment_ids is not None:
+            key_segment_ids = _after_its_left(key_segment_ids, axis)
 
     def one_head(index: Array) -> tuple[Array, Array]:
         b, h = index // heads, index % heads
         q, k = query[b, :, h].astype(dtype) * scale, key[b, :, h // group].astype(dtype)
-        m = slopes[h]
+        m, c = slopes[h], center[b, h // group]
         # Positions are [1, T] or [B, T]; indexing clamps.
         q_pos, k_pos = query_positions[b], key_positions[b]
-        # Only differences matter; as such they fit int32, wherever the positions wrap round.
-        q_pos, k_pos = q_pos - q_pos[0], k_pos - q_pos[0]
         segments = None
         if segment_ids is not None and key_segment_ids is not None:
             segments = segment_ids[b], key_segment_ids[b]
 
-        center = k.mean(axis=0)
-        largest = per_tile(jnp.linalg.norm(k - center[None], axis=1), key_tile, num_keys).max(1)
-        loudest = jnp.linalg.norm(k, axis=1).max()
         norms = jnp.linalg.norm(q, axis=1)
-        shift = jnp.matmul(q, center, precision=EXACT)
+        shift = jnp.matmul(q, c, precision=EXACT)
         near = _near(q, k, m, q_pos, k_pos, segments, causal=causal)
-        rounding = ROUNDING * (jnp.abs(near) + 2 * norms * loudest)
+        rounding = ROUNDING * (jnp.abs(near) + 2 * norms * loudest[b, h // group])
         below = jnp.where(near == -jnp.inf, near, near - shift - rounding)
 
         # max over i of |q_i| K_J - L_i, [nT, nS]
-        norms, below = (per_tile(x, query_tile, num_queries) for x in (norms, below))
-        content = (1 + ROUNDING) * norms[:, :, None] * largest[None, None, :]
+        norms, below = (_tiles(x, query_tile) for x in (norms, below))
+        content = (1 + ROUNDING) * norms[:, :, None] * largest[b, h // group][None, None]
         content = jnp.max(content - below[:, :, None], axis=1)
 
-        low_q, high_q = _limits(per_tile(q_pos, query_tile, num_queries))
-        low_k, high_k = _limits(per_tile(k_pos, key_tile, num_keys))
+        low_q, high_q = _limits(q_pos, query_tile)
+        low_k, high_k = (x[b] for x in position_limits)
         before = low_q[:, None] - high_k[None, :]  # at least this far to the left of the queries
         after = low_k[None, :] - high_q[:, None]
         distance = jnp.maximum(jnp.maximum(before, after), 0).astype(dtype)
         seen = after <= 0 if causal else jnp.ones_like(after, bool)
-        if segments is not None:
-            low_q, high_q = _limits(per_tile(segments[0], query_tile, num_queries))
-            low_k, high_k = _limits(per_tile(segments[1], key_tile, num_keys))
+        if segments is not None and segment_limits is not None:
+            low_q, high_q = _limits(segments[0], query_tile)
+            low_k, high_k = (x[b] for x in segment_limits)
             seen &= (low_q[:, None] <= high_k[None, :]) & (low_k[None, :] <= high_q[:, None])
 
         above = math.log(key_tile) + content - (1 - ROUNDING) * m * distance
@@ -152,15 +187,33 @@ def key_ranges(
         left = jax.lax.cumsum(share, axis=1) <= 0.99
         right = jax.lax.cumsum(share, axis=1, reverse=True) <= 0.99
         first = left.sum(axis=1, dtype=jnp.int32)
-        end = num_keys - right.sum(axis=1, dtype=jnp.int32)
+        end = share.shape[1] - right.sum(axis=1, dtype=jnp.int32)
         return jnp.minimum(first, end), end
 
     first, end = jax.lax.map(one_head, jnp.arange(batch * heads))
     return first.reshape(batch, heads, -1), end.reshape(batch, heads, -1)
 
 
-def _limits(tiles: Int[Array, "n tile"]) -> tuple[Array, Array]:
-    return tiles.min(axis=1), tiles.max(axis=1)
+def _tiles(x: Array, tile: int) -> Array:
+    """Split the last axis into tiles [..., n, tile], filled with copies of the last entry."""
+    filled = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % tile)], mode="edge")
+    return filled.reshape(*x.shape[:-1], -1, tile)
+
+
+def _limits(x: Int[Array, "*B L"], tile: int) -> tuple[Array, Array]:
+    """Return the smallest and the largest of each tile."""
+    tiles = _tiles(x, tile)
+    return tiles.min(axis=-1), tiles.max(axis=-1)
+
+
+def _after_its_left(x: Array, axis: str) -> Array:
+    """Return [B, L, ...] after the last block of the device to the left, of the last for the first.
+
+    (Keys of the last device are ones that the first queries see, or that their positions hide.)
+    """
+    count = jax.lax.axis_size(axis)
+    to_right = [(i, (i + 1) % count) for i in range(count)]
+    return jnp.concatenate([jax.lax.ppermute(x[:, -NEAR:], axis, to_right), x], axis=1)
 
 
 def _near(

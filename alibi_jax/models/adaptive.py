@@ -74,14 +74,16 @@ class AdaptiveVocabulary(nnx.Module):
         x = jnp.zeros((), jnp.float32)
         for band in self.bands:
             index, inside = band.locate(tokens)
-            rows = replicate(band.table[...]).at[index].get(out_sharding=spec("batch", None, None))
+            rows = (
+                replicate(band.table[...]).at[index].get(out_sharding=spec("batch", "length", None))
+            )
             rows = jnp.where(inside[..., None], rows, 0.0).astype(self.dtype)
             x = x + jnp.einsum(
                 "btd,dm->btm",
                 rows,
                 band.projection[...].astype(self.dtype),
                 preferred_element_type=jnp.float32,
-                out_sharding=spec("batch", None, None),
+                out_sharding=spec("batch", "length", None),
             )
         return x
 
@@ -94,7 +96,7 @@ class AdaptiveVocabulary(nnx.Module):
                 x,
                 table.astype(x.dtype),
                 preferred_element_type=jnp.float32,
-                out_sharding=spec("batch", None, None),
+                out_sharding=spec("batch", "length", None),
             )
             return jax.nn.log_softmax(logits)
 
@@ -162,7 +164,9 @@ class AdaptiveVocabulary(nnx.Module):
 
         def project(band: Band, key: jax.Array | None) -> Float[Array, "B T D"]:
             kernel = band.projection[...].astype(hidden.dtype)
-            x = jnp.einsum("btm,dm->btd", hidden, kernel, out_sharding=spec("batch", None, None))
+            x = jnp.einsum(
+                "btm,dm->btd", hidden, kernel, out_sharding=spec("batch", "length", None)
+            )
             return dropout(x, self.dropout, key)
 
         return [project(band, key) for band, key in zip(bands, keys, strict=True)]

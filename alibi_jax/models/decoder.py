@@ -95,7 +95,7 @@ class Decoder(nnx.Module):
             hidden,
             self._head().astype(hidden.dtype),
             preferred_element_type=jnp.float32,
-            out_sharding=spec("batch", None, None),
+            out_sharding=spec("batch", "length", None),
         )
         return self.config.logit_scale * logits
 
@@ -149,7 +149,7 @@ class Decoder(nnx.Module):
         else:
             assert self.embedding is not None
             table = replicate(self.embedding[...])
-            x = table.at[tokens].get(out_sharding=spec("batch", None, None))
+            x = table.at[tokens].get(out_sharding=spec("batch", "length", None))
         x = (config.embed_scale * x).astype(dtype)
         x = self.position.embed(x, index if positions is None else positions)
         if self.embed_norm is not None:

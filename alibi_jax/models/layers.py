@@ -88,16 +88,26 @@ class Linear(nnx.Module):
         self.equation = equation
         self.kernel = normal_param(rngs, shape, axes, std)
         # Activations are sharded over the batch, so a bias and an output never are over "embed".
-        self.out_axes = tuple(axis if axis != "embed" else None for axis in axes[num_inputs:])
-        out_shape = shape[num_inputs:]
-        self.bias = constant_param(0.0, out_shape, self.out_axes) if use_bias else None
+        axes = tuple(axis if axis != "embed" else None for axis in axes)
+        self.in_axes, self.out_axes = axes[:num_inputs], axes[num_inputs:]
+        self.out_shape = shape[num_inputs:]
+        self.bias = constant_param(0.0, self.out_shape, self.out_axes) if use_bias else None
 
     def __call__(self, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
         """The projection of x."""
-        out_sharding = spec("batch", None, *self.out_axes)
-        y = jnp.einsum(
-            self.equation, x, self.kernel[...].astype(x.dtype), out_sharding=out_sharding
-        )
+        kernel = self.kernel[...].astype(x.dtype)
+        out_sharding = spec("batch", "length", *self.out_axes)
+        if jax.sharding.get_abstract_mesh().size > 1:
+            y = jnp.einsum(self.equation, x, kernel, out_sharding=out_sharding)
+        else:
+            # All tokens as the rows of one matrix, which sharded axes could not be merged into:
+            # else XLA's CPU backend copies the transposed activations for the kernel's gradient.
+            tokens, inputs = x.shape[0] * x.shape[1], math.prod(x.shape[2:])
+            into, out = self.in_axes[0], self.out_axes[0]
+            rows = x.reshape(tokens, inputs, out_sharding=spec("batch", into))
+            matrix = kernel.reshape(inputs, -1, out_sharding=spec(into, out))
+            y = jnp.matmul(rows, matrix, out_sharding=spec("batch", out))
+            y = y.reshape(*x.shape[:2], *self.out_shape, out_sharding=out_sharding)
         if self.bias is not None:
             y = y + _broadcast(self.bias[...].astype(x.dtype), y)
         return y
@@ -212,7 +222,8 @@ def dropout(
     """
     if key is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=spec("batch", None, axis))
+    sharding = spec("batch", "length", axis)
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape, out_sharding=sharding)
     return jnp.where(keep, x / (1.0 - rate), 0.0)
 
 

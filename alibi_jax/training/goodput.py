@@ -87,10 +87,12 @@ class Clock:
             "step_seconds": percentiles(self._laps),
         }
 
-    def write(self, workdir: Path) -> None:
-        """Writes `record` into `workdir`, in the first process only."""
+    def write(self, workdir: Path) -> dict[str, Any]:
+        """Writes `record` into `workdir`, in the first process only, and returns it."""
+        record = self.record()
         if jax.process_index() == 0:
-            write_text(workdir / FILE, json.dumps(self.record(), indent=2) + "\n")
+            write_text(workdir / FILE, json.dumps(record, indent=2) + "\n")
+        return record
 
     def _switch(self, activity: str) -> None:
         now = self._now()

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from alibi_jax import data
 from alibi_jax.config import Config
-from alibi_jax.distributed import any_process, make_vote, print_once
+from alibi_jax.distributed import any_process, make_vote, print_once, wait_for_all
 from alibi_jax.errors import UserError
 from alibi_jax.sharding import local_rows, spec, to_devices, to_host
 from alibi_jax.training import checkpoint, workdir
@@ -204,6 +204,7 @@ def train(
 
         step, saved, pending = start, start, None
         vote = make_vote(program.batch_sharding)
+        wait_for_all()
         with _stop_signal() as stopped, clock.spend("steps"):
             while step < training.num_steps and not vote(stopped()):
                 profiler.at(step, state)

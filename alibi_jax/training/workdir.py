@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from alibi_jax.files import write_text
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
+
+_SEEN_SECONDS = 60.0  # until every machine sees a new file of a shared disk
 
 # What may differ when a run is resumed: nothing here changes what was trained so far.
 RESUMABLE = (
@@ -39,7 +42,8 @@ RESUMABLE = (
 def claim(workdir: Path, config: Config, stream: dict[str, Any]) -> None:
     """Makes `workdir` if need be and writes its config, or checks that it holds this very run.
 
-    Of several processes the first does so, and the others check that theirs is the same run.
+    Of several processes the first does so; the others check that theirs is the same run and that
+    they see the same directory.
 
     Args:
       workdir: the directory.
@@ -57,6 +61,14 @@ def claim(workdir: Path, config: Config, stream: dict[str, Any]) -> None:
             f"process {jax.process_index()} was started with another {what} than process 0: give "
             "all processes the same command and the same files",
         )
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not (workdir / CONFIG).is_file():
+        require(
+            time.monotonic() < deadline,
+            f"process {jax.process_index()} does not see what process 0 wrote in "
+            f"--workdir={workdir}: give a directory that all processes share",
+        )
+        time.sleep(0.5)
 
 
 def _claim(workdir: Path, config: Config, record: dict[str, Any]) -> dict[str, Any]:

@@ -110,9 +110,10 @@ def test_shardings_that_need_communication_are_refused():
     mesh = jax.make_mesh((2, 4), ("data", "tensor"))
     with jax.set_mesh(mesh):
         for specs, words in (
-            ((P(None, "data"), P(), P()), "query is sharded as"),
+            ((P(None, None, None, "data"), P(), P()), "query is sharded as"),
+            ((P(None, "data"), P(), P()), "must be sharded alike along batch, length and heads"),
             ((P(None, None, "tensor"), P(), P()), "the 2 key heads over "),
-            ((P("data"), P(), P()), "must be sharded alike along batch and heads"),
+            ((P("data"), P(), P()), "must be sharded alike along batch, length and heads"),
         ):
             placed = [jax.device_put(x, s) for x, s in zip(args, specs, strict=False)]
             with pytest.raises(ValueError, match=words):

@@ -1,16 +1,14 @@
 """The TPU kernels: by value in interpret mode, and compiled ahead of time for each kind of chip."""
 
 import importlib
-import importlib.util
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from alibi_jax.attention import attention as attention_op_by_op
@@ -304,37 +302,6 @@ def test_it_says_why_it_cannot_serve(changes, message):
 
 # Compiled ahead of time: all that a TPU's compiler checks, without a TPU
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs libtpu to compile for TPUs: pip install '.[tpu]'",
-)
-CHIPS = {
-    "v4": "v4:2x2x1",
-    "v5e": "v5e:2x2",
-    "v5p": "v5p:2x2x1",
-    "v6e": "v6e:2x2",
-    "tpu7x": "tpu7x:2x2x1",
-}
-
-
-@pytest.fixture
-def chip_mesh(monkeypatch):
-    """Return an explicit mesh (data, tensor) of a shape, of chips that are not here."""
-    for name, value in {
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # libtpu guards the chips, and there are none
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    }.items():
-        monkeypatch.setenv(name, value)
-
-    def make(chip, shape):
-        devices = topologies.get_topology_desc(CHIPS[chip], platform="tpu").devices
-        grid = np.asarray(devices[: np.prod(shape)]).reshape(shape)
-        return Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Explicit,) * 2)
-
-    return make
-
 
 def compile_gradients(mesh, attend, shapes, dtypes, specs):
     """Compile `attend` and its gradients in floating arguments; return which kernels it has."""
@@ -359,7 +326,6 @@ def compile_gradients(mesh, attend, shapes, dtypes, specs):
 ALL = ["forward", "query_gradient", "key_gradient"]
 
 
-@needs_libtpu
 @pytest.mark.parametrize(
     ("chip", "dim", "dtype", "length"),
     [
@@ -404,7 +370,6 @@ def test_kernels_compile(chip_mesh, chip, dim, dtype, length):
     assert found == ALL
 
 
-@needs_libtpu
 @pytest.mark.parametrize(
     ("chip", "shape", "dim", "length", "options"),
     [

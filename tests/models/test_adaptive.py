@@ -152,6 +152,30 @@ def test_gradients_against_float64_differences(at_once, monkeypatch):
             np.testing.assert_allclose((grad * direction).sum(), along, rtol=1e-3, atol=2e-5)
 
 
+def test_chunks_skip_the_tails_that_none_of_their_tokens_needs(monkeypatch):
+    """Weights that are not a number poison every token of a chunk that uses them, and no other."""
+    size = 8
+    monkeypatch.setattr(softmax, "LOGITS_AT_ONCE", size * (VOCAB + 2))
+    graphdef, params = make()
+    rng = np.random.default_rng(5)
+    table = params["vocabulary"]["bands"][2]["table"]
+    table[...] = jnp.full_like(table[...], jnp.nan)
+    hidden = rng.standard_normal((8, 8, 16)).astype(np.float32)
+    targets = rng.integers(0, CUTOFFS[1], (8, 8), dtype=np.int32)
+    rare = [(0, 3), (4, 1), (7, 7)]
+    for index in rare:
+        targets[index] = VOCAB - 1
+
+    def loss(hidden):
+        vocabulary = nnx.merge(graphdef, params).vocabulary
+        return jnp.sum(vocabulary.token_losses(hidden, targets, None)[0])
+
+    grads = np.asarray(jax.jit(jax.grad(loss))(hidden))
+    poisoned = np.isnan(grads).any(-1)
+    assert all(poisoned[index] for index in rare)
+    assert poisoned.sum() == size
+
+
 @pytest.mark.parametrize(
     ("sizes", "dtype"), [((8, 1, 1), "bfloat16"), ((2, 2, 2), "float32"), ((1, 4, 2), "float32")]
 )

@@ -202,6 +202,10 @@ def test_dropout_needs_a_key_and_keeps_the_mean():
     np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
     assert np.abs(np.asarray(run(jax.random.key(1)) - run(jax.random.key(2)))).max() > 1e-3
 
+    in_mlp = make(dataclasses.replace(SMALL, mlp_dropout=0.25, num_layers=1))
+    other = [jax.jit(lambda key: in_mlp(tokens, key=key))(jax.random.key(i)) for i in (1, 2)]
+    assert np.abs(np.asarray(other[0] - other[1])).max() > 1e-3
+
     from alibi_jax.models.layers import dropout
 
     x = jnp.ones((64, 32, 32))

@@ -46,6 +46,11 @@ CHANGES = {
     "model.qk_norm": "full",
     "model.attention_scale": 1.0,
     "model.dropout": 0.5,
+    "model.mlp_dropout": 0.5,
+    "model.final_norm": False,
+    "model.adaptive_cutoffs": (100,),
+    "model.adaptive_factor": 2,
+    "model.adaptive_dropout": 0.5,
     "model.embed_norm": True,
     "model.embed_scale": 2.0,
     "model.tie_embeddings": False,
@@ -60,6 +65,7 @@ CHANGES = {
     "data.sequence_length": 8,
     "data.batch_size": 16,
     "data.cache_dir": "elsewhere",
+    "optimizer.name": "nag",
     "optimizer.learning_rate": 1.0,
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 1,
@@ -88,6 +94,7 @@ CHANGES = {
     "mesh.data": 2,
     "mesh.fsdp": 2,
     "mesh.tensor": 2,
+    "mesh.context": 2,
 }
 MAY_CHANGE = {
     "model.scan_layers",
@@ -195,6 +202,24 @@ def test_checkpoints_of_nobody(tmp_path, config):
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     refused("checkpoints without the config.json .*: choose", tmp_path, config, STREAM)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+def test_a_second_process(tmp_path, config, changed, monkeypatch):
+    """It writes nothing, and must be of the same run and see the same directory."""
+    other = tmp_path / "other"
+    monkeypatch.setattr(workdir, "_SEEN_SECONDS", 0.0)
+    record = json.loads(json.dumps({"config": config.to_dict(), "stream": STREAM}))
+    monkeypatch.setattr(workdir.distributed, "from_main", lambda function: record)
+    with pytest.raises(UserError, match=r"does not see what process 0 wrote in .* all processes"):
+        workdir.claim(other, config, STREAM)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("")
+    workdir.claim(tmp_path / "run", config, STREAM)
+    assert (tmp_path / "run" / "config.json").read_text() == "" and not other.exists()
+    with pytest.raises(UserError, match="started with another data than process 0: give all"):
+        workdir.claim(tmp_path / "run", config, STREAM | {"corpus": "other"})
+    with pytest.raises(UserError, match="started with another config than process 0: give all"):
+        workdir.claim(tmp_path / "run", changed(config, training={"seed": 9}), STREAM)
 
 
 def test_another_run_where_nothing_was_saved(tmp_path, config, changed):

@@ -143,7 +143,10 @@ class Decoder(nnx.Module):
         """Activations after the last block and the final norm, [B, T, M] in `config.dtype`."""
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         batch, length = tokens.shape
-        index = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+        # Sharded as the tokens: else every device would hold sinusoids of the whole batch.
+        index = jnp.broadcast_to(
+            jnp.arange(length)[None], (batch, length), out_sharding=spec("batch", "length")
+        )
         if self.vocabulary is not None:
             x = self.vocabulary.embed(tokens)
         else:

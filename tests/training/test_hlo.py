@@ -44,14 +44,17 @@ def test_a_scan_over_sharded_matrices():
 def test_a_step_communicates_gradients_and_no_activations(model):
     """Data parallelism sums every gradient once, a tied embedding's twice, and two scalars."""
     config = Config(
-        model=dataclasses.replace(model, num_layers=1),
-        data=DataConfig(sequence_length=16, batch_size=8),
+        model=dataclasses.replace(model, num_layers=1, position="sinusoidal"),
+        data=DataConfig(sequence_length=16, batch_size=24),
         mesh=MeshConfig(data=8),
     )
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         lowered = lower_step(config, mesh)
-        cost = hlo.count(lowered.step.compile().as_text())
+        text = lowered.step.compile().as_text()
+    assert "[3,16," in text
+    assert "[24,16," not in text  # a device has three of the sequences
+    cost = hlo.count(text)
     params = lowered.state.params
     gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
     assert set(cost.received_bytes) == {"all-reduce"}

@@ -31,24 +31,18 @@ import jax
 import numpy as np
 
 import alibi_jax
-from alibi_jax.config import Config, OptimizerConfig
+from alibi_jax.config import Config, OptimizerConfig, load_config
 from alibi_jax.models import DecoderConfig
 from alibi_jax.sharding import make_mesh
+from alibi_jax.training.chips import peak_flops
+from alibi_jax.training.flops import flops_per_token
 from alibi_jax.training.loop import Program, compile_program
 from benchmarks.common import write
 
 MODEL = DecoderConfig(
     vocab_size=257, num_layers=6, embed_dim=384, num_heads=6, scan_layers=False
 )  # few layers run faster unrolled
-PAPER = DecoderConfig(
-    vocab_size=50265,
-    num_layers=25,
-    embed_dim=2048,
-    num_heads=16,
-    mlp_dim=8192,
-    dtype="bfloat16",
-    remat=True,
-)
+PAPER = load_config(str(Path(__file__).parents[1] / "configs/paper_1p3b.py"), {}).model
 TOKENS = 4096  # a step, on a CPU
 PAPER_TOKENS = 16384
 LENGTHS = 512, 1024  # beside PyTorch
@@ -57,8 +51,6 @@ CHECKED = 3  # first steps, whose losses must agree
 # With this, malloc asks the kernel for pages of 2 MiB. XLA allocates its temporary memory anew for
 # every step, so that the kernel has to map, and clear, all of it.
 PAGES = {"4 KiB": "", "2 MiB": "glibc.malloc.hugetlb=1"}
-# Dense bfloat16 products by NVIDIA's data sheets, in FLOP/s.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
 
 def run_config(model: DecoderConfig, length: int, tokens: int) -> Config:
@@ -260,16 +252,13 @@ def on_gpu(position: str, length: int) -> dict[str, Any]:
     program, _, step = our_step(run_config(model, length, PAPER_TOKENS))
     step()
     side: dict[str, Any] = take_turns({position: step})[position]
-    device, parameters = jax.local_devices()[0], parameter_count(program)
-    # A causal token attends to half of the length: two products forward, four backward.
-    flops = 6 * parameters + 6 * model.num_layers * model.embed_dim * length
-    rate = PAPER_TOKENS / side["seconds"]
-    peak = next((f for name, f in PEAK_FLOPS.items() if name in device.device_kind), None)
+    device, flops = jax.local_devices()[0], flops_per_token(model, length)
+    rate, peak = PAPER_TOKENS / side["seconds"], peak_flops(device.device_kind)
     return side | {
         "position": position,
         "length": length,
         "tokens": PAPER_TOKENS,
-        "parameters": parameters,
+        "parameters": parameter_count(program),
         "tokens_per_second": rate,
         "model_flops_per_token": flops,
         "mfu": peak and flops * rate / peak,

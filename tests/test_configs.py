@@ -19,8 +19,8 @@ from alibi_jax.sharding import make_mesh
 from alibi_jax.training import loop
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-# Of the models of the two papers' configs. The first is fairseq's own count (its log of
-# `transformer_lm_wiki103` on WikiText-103); the second follows from the sizes that the paper gives.
+# Of the models of the two papers' configs. The first is what the paper calls 247M, exactly; both
+# follow from the sizes that the papers give.
 PARAMETERS = {
     "wikitext103": 246_933_504,
     "paper_1p3b": 25 * (4 * (2048**2 + 2048) + 2 * 2048 * 8192 + 8192 + 2048 + 4 * 2048)

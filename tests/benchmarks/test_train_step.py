@@ -37,7 +37,7 @@ def test_the_part_for_a_gpu_runs(monkeypatch):
         alibi = train_step.on_gpu("alibi", 16)
         sinusoidal = train_step.on_gpu("sinusoidal", 32)
     assert alibi["parameters"] == sinusoidal["parameters"]
-    # Six more for each layer, dimension and token of length, half of them masked.
+    # Twelve more for each layer, dimension and token of length, half of which are masked.
     more = sinusoidal["model_flops_per_token"] - alibi["model_flops_per_token"]
-    assert more == 6 * 2 * 32 * 16
+    assert more == 12 * 2 * 32 * 16
     assert np.isfinite([alibi["seconds"], sinusoidal["seconds"]]).all()

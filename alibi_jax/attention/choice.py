@@ -49,7 +49,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 
 def choose(case: Case) -> str:
-    """Return the name of the implementation that serves a case best."""
+    """Return the name of the implementation that serves a case best.
+
+    Where sequences are divided over devices it is one that goes by tiles, however short they are.
+    """
     logits = case.length * case.key_length
     if logits <= SMALL and not case.length_sharded:
         return "dense"

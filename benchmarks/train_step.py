@@ -59,7 +59,10 @@ def run_config(model: DecoderConfig, length: int, tokens: int) -> Config:
         optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0),
     )
     data = dataclasses.replace(
-        config.data, sequence_length=length, batch_size=max(1, tokens // length)
+        config.data,
+        packing="stream",
+        sequence_length=length,
+        batch_size=max(1, tokens // length),
     )
     return dataclasses.replace(config, data=data)
 

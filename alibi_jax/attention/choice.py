@@ -12,9 +12,9 @@ from alibi_jax.attention.columns import cudnn, refusal_cudnn, refusal_splash, sp
 from alibi_jax.attention.dense import dense
 from alibi_jax.typing import Attended
 
-# Up to this many logits a head, holding them all is faster than going tile by tile
-# (benchmarks/results/attention_cpu.json).
-SMALL = 512 * 512
+# Up to this many logits a head, holding them all is faster than going tile by tile: on a CPU
+# (benchmarks/results/attention_cpu.json), and elsewhere (a judgement).
+SMALL_ON_CPU, SMALL = 256 * 256, 512 * 512
 # Blockwise takes one tile after the other, each too small for a GPU: there, where cuDNN refuses,
 # all logits are held up to this many bytes. (A judgement: not yet measured on a GPU.)
 SMALL_ON_GPU = 2**31
@@ -54,7 +54,8 @@ def choose(case: Case) -> str:
     Where sequences are divided over devices it is one that goes by tiles, however short they are.
     """
     logits = case.length * case.key_length
-    if logits <= SMALL and not case.length_sharded:
+    small = SMALL_ON_CPU if case.platform == "cpu" else SMALL
+    if logits <= small and not case.length_sharded:
         return "dense"
     if case.platform == "tpu" and pallas_tpu.refusal(case) is None:
         return "pallas_tpu"

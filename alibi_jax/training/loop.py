@@ -76,6 +76,7 @@ def lower_step(config: Config, mesh: Mesh) -> LoweredStep:
         gradient_accumulation=training.gradient_accumulation,
         use_dropout=config.model.uses_dropout,
         skip_nonfinite=training.on_nonfinite == "skip",
+        one_segment=config.data.packing == "stream",
     )
     partition = spec("batch", None)
     assert partition is not None, "lower_step needs a mesh"

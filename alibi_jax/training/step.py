@@ -25,6 +25,7 @@ def make_train_step(
     gradient_accumulation: int = 1,
     use_dropout: bool = False,
     skip_nonfinite: bool = False,
+    one_segment: bool = False,
 ) -> jax.stages.Wrapped:
     """Returns the jitted `step(state, batch) -> (state, metrics)`; it consumes the state given.
 
@@ -35,14 +36,16 @@ def make_train_step(
     With `skip_nonfinite` a step whose loss or grad_norm is not finite leaves parameters and
     optimizer as they were; the step's number and the learning rate's schedule move on. The metric
     "skipped" is then 1, else 0.
+
+    `one_segment` promises that the tokens of a sequence are all of one segment, so that attention
+    may go without segment ids, which not every implementation takes.
     """
 
     def loss_fn(params: Params, batch: Batch, key: jax.Array | None):
         model = nnx.merge(graphdef, params)
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
-        losses = model.token_losses(
-            tokens[:, :-1], tokens[:, 1:], segment_ids=segment_ids[:, :-1], key=key
-        )
+        ids = None if one_segment else segment_ids[:, :-1]
+        losses = model.token_losses(tokens[:, :-1], tokens[:, 1:], segment_ids=ids, key=key)
         return summed_loss(losses, segment_ids, z_loss)
 
     def gradients(params: Params, batch: Batch, key: jax.Array | None):

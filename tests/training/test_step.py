@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from alibi_jax.attention import attention
 from alibi_jax.config import OptimizerConfig
-from alibi_jax.models import DecoderConfig
+from alibi_jax.models import DecoderConfig, layers
 from alibi_jax.sharding import MeshConfig, make_mesh, spec
+from alibi_jax.training import loop
 from alibi_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from alibi_jax.training.state import abstract_state, init_state
 from alibi_jax.training.step import make_loss_fn, make_train_step
@@ -250,3 +252,38 @@ def test_seed_decides_the_parameters(to_numpy):
     for path, value in first.items():
         np.testing.assert_array_equal(second[path], value, err_msg=path)  # whatever the mesh
     assert any((third[path] != value).any() for path, value in first.items())
+
+
+def test_one_segment_needs_no_segment_ids():
+    model = DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, vocab_size=32)
+    mesh, optimizer = make_mesh(MeshConfig(8)), make_optimizer(OPTIMIZER, 10)
+    batch = {
+        "tokens": np.random.default_rng(0).integers(0, 32, (8, 17), dtype=np.int32),
+        "segment_ids": np.ones((8, 17), np.int32),
+    }
+    after = []
+    with jax.set_mesh(mesh):
+        for one_segment in (False, True):
+            graphdef, state = init_state(model, optimizer, 0, mesh)
+            schedule = learning_rate_schedule(OPTIMIZER, 10)
+            step = make_train_step(graphdef, optimizer, schedule, one_segment=one_segment)
+            placed = jax.device_put(batch, NamedSharding(mesh, spec("batch", None)))
+            state, metrics = step(state, placed)
+            after.append((state.params, metrics))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-7), *after)
+
+
+@pytest.mark.parametrize(("packing", "given"), [("documents", True), ("stream", False)])
+def test_who_gets_segment_ids(monkeypatch, config, changed, meshes, packing, given):
+    """A stream of text must reach attention without, since cuDNN takes none."""
+    seen = []
+
+    def record(query, key, value, slopes, *, segment_ids, **options):
+        seen.append(segment_ids is not None)
+        return attention(query, key, value, slopes, segment_ids=segment_ids, **options)
+
+    monkeypatch.setattr(layers, "attention", record)
+    mesh = meshes[8, 1, 1]
+    with jax.set_mesh(mesh):
+        loop.lower_step(changed(config, data={"packing": packing}), mesh)
+    assert seen and set(seen) == {given}

@@ -170,7 +170,7 @@ def main(arguments: list[str]) -> int:
         return fail(2, error)
     except loop.Diverged as error:
         return fail(1, error)
-    except jax.errors.JaxRuntimeError as error:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
         if distributed.is_lost_peer(error):
             return distributed.end_lost(error)
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -165,7 +165,7 @@ def make_vote(sharding: NamedSharding) -> Callable[[bool], bool]:
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether a runtime error says that another process is gone."""
+    """Whether an error of the runtime, of whatever type, says that another process is gone."""
     return _client() is not None and bool(
         re.search(r"Gloo|NCCL|UNAVAILABLE|heartbeat|Connection (closed|reset)", str(error))
     )

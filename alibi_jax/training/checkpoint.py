@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from alibi_jax.distributed import any_process, from_main
+from alibi_jax.distributed import any_process, from_main, is_lost_peer
 from alibi_jax.errors import UserError
 from alibi_jax.training.state import TrainState
 from alibi_jax.training.workdir import checkpoint_steps
@@ -84,6 +84,8 @@ class Checkpointer:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
+            if is_lost_peer(error):
+                raise
             raise UserError(
                 f"cannot write a checkpoint in {self._directory} ({_reason(error)}): free some "
                 "space or choose another --workdir"

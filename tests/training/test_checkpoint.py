@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from alibi_jax import distributed
 from alibi_jax.config import OptimizerConfig
 from alibi_jax.errors import UserError
 from alibi_jax.sharding import MESH_AXES
@@ -275,6 +276,21 @@ def test_arrays_are_copied_before_training_goes_on(folder, model, meshes, to_num
         for path, value in copies[number].items():
             np.testing.assert_array_equal(actual[path], value, err_msg=path)
         shutil.rmtree(folder / str(number))
+
+
+def test_a_lost_process_is_not_a_full_disk(folder, model, meshes, monkeypatch):
+    """JAX may raise ValueError for either."""
+    saver, state = Checkpointer(folder, 2), make(model, meshes[8, 1, 1])
+
+    def fail(*args, **kwargs):
+        raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+
+    monkeypatch.setattr(saver._orbax, "save_checkpointables_async", fail)
+    monkeypatch.setattr(distributed, "_client", lambda: "one of several processes")
+    with pytest.raises(ValueError, match=r"^UNKNOWN: Gloo") as caught:
+        saver.save(1, state, POSITION)
+    assert not isinstance(caught.value, UserError)
+    saver.close()
 
 
 def test_no_folder(folder):

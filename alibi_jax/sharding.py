@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from alibi_jax.errors import require
 
@@ -63,8 +64,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     Raises:
       UserError: the sizes do not fill the devices.
     """
-    count = jax.device_count() if devices is None else len(devices)
-    return jax.make_mesh(config.sizes(count), MESH_AXES, devices=devices)
+    devices = jax.devices() if devices is None else devices
+    sizes = config.sizes(len(devices))
+    # An axis may take a part of a dimension of the slice, as 4 × 16 of 8 × 8 chips has to, which
+    # `jax.make_mesh` allows on some chips only.
+    placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
 def spec(*axes: str | None) -> PartitionSpec | None:

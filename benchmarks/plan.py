@@ -23,8 +23,6 @@ VARIANTS = ("alibi1024", "sinusoidal2048")
 SLICES = {
     "v5e:16x16": {"mesh.data": "16", "mesh.fsdp": "16"},
     "v5p:4x4x4": {"mesh.data": "4", "mesh.fsdp": "16"},
-    "v6e:8x8": {"mesh.data": "4", "mesh.fsdp": "16"},
-    "tpu7x:2x2x4": {"mesh.data": "2", "mesh.fsdp": "16"},
 }
 
 

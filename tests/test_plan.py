@@ -97,6 +97,12 @@ def test_the_table_of_chips_is_that_of_libtpu(text):
     assert plan._needed_temporaries(str(error.value), 0) == 512 * GIB
 
 
+@needs_libtpu
+def test_a_mesh_axis_may_take_a_part_of_a_dimension():
+    mesh = make_mesh(MeshConfig(data=4, fsdp=16), plan.slice_devices(parse_topology("v6e:8x8")))
+    assert mesh.shape == {"data": 4, "fsdp": 16, "tensor": 1, "context": 1}
+
+
 # What it finds
 
 

@@ -24,7 +24,6 @@ from alibi_jax.sharding import MeshConfig, make_mesh
 from alibi_jax.training import checkpoint
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
-from tests.disks import disk as disk
 from tests.test_train import CONFIG, last_step, load_train, metrics
 
 pytestmark = pytest.mark.slow
@@ -258,20 +257,6 @@ def test_another_run_ends_all_with_one_line(folder, alone):
     (line,) = "".join(errs).splitlines()
     assert line.startswith("error: --workdir=") and "config.training.seed=0, this one has 7" in line
     assert outs == ["", ""]
-
-
-def test_full_disk(folder, alone, disk):
-    """Room for two checkpoints: both processes end with one line; with more room they go on."""
-    disk.mount("size=512k")
-    workdir = disk.path / "run"
-    with Processes(folder, 2, workdir, "--config.training.keep_checkpoints=9") as processes:
-        codes, _, errs = processes.wait()
-    assert codes == [2, 2], errs
-    (line,) = [line for line in "".join(errs).splitlines() if line.startswith("error: ")]
-    assert "cannot write" in line and "free some space" in line
-    disk.mount("remount,size=16m")
-    assert load_train().main([f"--config={folder / 'config.py'}", f"--workdir={workdir}"]) == 0
-    same_curve(workdir, alone)
 
 
 def test_killed_and_resumed(folder, pair, tmp_path):

@@ -1,6 +1,6 @@
 """Time and peak memory of attention against length, beside peers, forward and backward.
 
-    python benchmarks/attention.py              # CPU: results/attention_cpu.{json,png}
+    python benchmarks/attention.py              # CPU: results/attention_cpu{,_bfloat16}.{json,png}
     python benchmarks/attention.py --gpu        # on a GPU: results/attention_gpu.{json,png}
 
 Each (method, length, dtype) runs in a process of its own, compiled and warmed up, each in the
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -313,28 +314,37 @@ def main() -> None:
     lengths = options.lengths or [2**n for n in range(9, 18) if 2**n <= most]
     dtypes = options.dtypes or (("bfloat16",) if options.gpu else ("float32", "bfloat16"))
     head_dims = (64, 128) if options.gpu else (64,)
+    for dtype in dtypes:
+        compare(options.gpu, dtype, head_dims, lengths, methods)
+
+
+def compare(
+    gpu: bool, dtype: str, head_dims: Sequence[int], lengths: list[int], methods: dict[str, int]
+) -> None:
+    """Runs and writes all cases of one dtype."""
     rows = []
-    for dtype, head_dim, length in itertools.product(dtypes, head_dims, lengths):
-        heads, batch = (2048 // head_dim, max(1, 16384 // length)) if options.gpu else (8, 1)
+    for head_dim, length in itertools.product(head_dims, lengths):
+        heads, batch = (2048 // head_dim, max(1, 16384 // length)) if gpu else (8, 1)
         for method, longest in methods.items():
             if length <= longest:
                 case = {"method": method, "length": length, "dtype": dtype, "batch": batch}
                 rows.append(run(case | {"heads": heads, "head_dim": head_dim}))
     rows = [row for row in rows if row]
-    name = f"attention_{'gpu' if options.gpu else 'cpu'}"
+    name = "attention_gpu" if gpu else "attention_cpu"
+    name += "" if gpu or dtype == "float32" else f"_{dtype}"
     numbers: dict[str, Any] = {"rows": rows, "ratios": ratios(rows)}
-    if options.gpu:
+    if gpu:
         for row in rows:
             pairs = row["batch"] * row["heads"] * row["length"] ** 2 / 2
             for part, products in zip(NAMES, (2, 7), strict=True):
                 if row[part]:
                     work = products * 2 * pairs * row["head_dim"]
                     row[part]["tflops"] = work / row[part]["seconds"] / 1e12
-    else:
+    elif dtype == "float32":
         numbers["error"] = [error(n) for n in lengths if n <= 65536]
-    numbers["matrix_product_flops"] = peak_flops(dtypes[0])
+    numbers["matrix_product_flops"] = peak_flops(dtype)
     write(name, numbers)
-    shown = [r for r in rows if (r["dtype"], r["head_dim"]) == (dtypes[0], head_dims[-1])]
+    shown = [row for row in rows if row["head_dim"] == head_dims[-1]]
     figure(shown, numbers["matrix_product_flops"], RESULTS / f"{name}.png")
 
 

@@ -146,14 +146,15 @@ def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
         largest, total, mixed = _over_keys(plan, first, end, step, carry)
         seen = total > 0
         total = jnp.where(seen, total, 1.0)
-        mixed = (mixed / total[:, None]).astype(output.dtype)
         lse = jnp.where(seen, largest + jnp.log(total), jnp.inf)
-        return _update(output, b, rows[0], h, mixed), lse
+        return _update(output, b, rows[0], h, mixed / total[:, None]), lse
 
-    output = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
+    # Wide, and rounded at the end: XLA's CPU backend widens the whole of a 16-bit array, and rounds
+    # it again, for every tile that is written into it.
+    output = jnp.zeros((*query.shape[:3], value.shape[-1]), dtype)
     output, _ = _vary_alike(output, query)
     output, lse = jax.lax.scan(one_tile, output, _tiles(ranges))
-    return output, lse.reshape(query.shape[0], query.shape[2], -1)
+    return output.astype(query.dtype), lse.reshape(query.shape[0], query.shape[2], -1)
 
 
 def _attend_forward(plan, query, key, value, slopes, scale, tokens, ranges):
@@ -174,14 +175,15 @@ def _attend_backward(plan, kept, cotangent):
     dquery, dkey, dvalue, *rest = _backward(
         plan, inputs, output, lse, cotangent, of_slopes=of_slopes is not None
     )
-    return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), *rest, None, None
+    grads = dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype)
+    return *grads, *rest, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _backward(plan, inputs, output, lse, cotangent, *, of_slopes):
-    """Return the gradients of query, key, value, slopes and scale; all but the first are wide."""
+    """Return the gradients of query, key, value, slopes and scale, all of them wide."""
     query, key, value, slopes, scale, tokens, ranges = inputs
     group = query.shape[2] // key.shape[2]
     dtype = slopes.dtype
@@ -217,11 +219,11 @@ def _backward(plan, inputs, output, lse, cotangent, *, of_slopes):
         carry, _ = _vary_alike(carry, q)
         dq, dslope, dkey, dvalue = _over_keys(plan, first, end, step, carry)
         dscale += jnp.sum(dq * q.T)
-        dquery = _update(dquery, b, rows[0], h, (dq.T * scale).astype(dquery.dtype))
+        dquery = _update(dquery, b, rows[0], h, dq.T * scale)
         return (dquery, dscale, dkey, dvalue), dslope
 
     zeros = (
-        jnp.zeros_like(query),
+        jnp.zeros(query.shape, dtype),
         jnp.zeros((), dtype),
         jnp.zeros(key.shape, dtype),
         jnp.zeros(value.shape, dtype),

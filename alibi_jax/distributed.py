@@ -186,12 +186,15 @@ def end(code: int, line: str) -> int:
         print(line, file=sys.stderr)
         return code
     _ending.acquire()
-    try:
-        client.key_value_set(f"{_FAILURE}/code", str(code))
-    except jax.errors.JaxRuntimeError:  # another was first, or the coordinator is gone
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            code, line = int(client.key_value_try_get(f"{_FAILURE}/code")), ""
-    _leave(code, line)
+    ours = f"{code} {jax_distributed.global_state.process_id}"
+    # Refused if another was first; it may also fail although it was done, or for want of a
+    # coordinator: what is there then says who prints.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"{_FAILURE}/first", ours)
+    first = ours
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        first = client.key_value_try_get(f"{_FAILURE}/first")
+    _leave(int(first.split()[0]), line if first == ours else "")
 
 
 def finish() -> None:
@@ -281,7 +284,7 @@ def _watch() -> None:
             failures, line = [("", str(PEER_LOST))], _LOST
         if failures and not _finished.is_set():
             _ending.acquire()
-            _leave(int(failures[0][1]), line)
+            _leave(int(failures[0][1].split()[0]), line)
 
 
 def _leave(code: int, line: str) -> NoReturn:

@@ -1,10 +1,12 @@
 """Which process this is; what several do together is in test_multiprocess.py."""
 
 import socket
+import threading
 
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed as jax_distributed
 
 from alibi_jax import distributed
 from alibi_jax.errors import UserError
@@ -64,6 +66,36 @@ def test_taken_port():
         }
         with pytest.raises(UserError, match=r"the port cannot be used .*in use.*choose another"):
             distributed.initialize(flags)
+
+
+@pytest.mark.parametrize(
+    ("there", "works", "ends"),
+    [
+        ({}, True, (2, "ours")),
+        ({}, False, (2, "ours")),  # the service is gone
+        ({"alibi_jax/failure/first": "1 0"}, True, (1, "")),
+        ({"alibi_jax/failure/first": "2 3"}, False, (2, "ours")),  # set, though it seemed to fail
+    ],
+)
+def test_one_process_of_all_says_why(monkeypatch, there, works, ends):
+    class Client:
+        def key_value_set(self, key, value):
+            if key in there or not works:
+                raise jax.errors.JaxRuntimeError("refused")
+            there[key] = value
+
+        def key_value_try_get(self, key):
+            if key not in there:
+                raise jax.errors.JaxRuntimeError("gone")
+            return there[key]
+
+    left = []
+    monkeypatch.setattr(distributed, "_client", Client)
+    monkeypatch.setattr(distributed, "_ending", threading.Lock())
+    monkeypatch.setattr(distributed, "_leave", lambda *arguments: left.append(arguments))
+    monkeypatch.setattr(jax_distributed.global_state, "process_id", 3)
+    distributed.end(2, "ours")
+    assert left == [ends]
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -62,6 +63,7 @@ def initialize(flags: dict[str, str]) -> None:
     Raises:
       UserError: the flags do not make sense, or the coordinator's port is taken.
     """
+    _quiet_libtpu()
     given = _parse(flags)
     if not given and not _in_cluster():
         return
@@ -204,6 +206,14 @@ def finish() -> None:
     from_main(lambda: None)  # which may be writing its report
     _finished.set()
     jax.distributed.shutdown()
+
+
+def _quiet_libtpu() -> None:
+    """Keeps libtpu (extra `tpu`) from complaining where there is no TPU that it could open."""
+    devices = Path("/dev")
+    if not any(itertools.chain(devices.glob("accel*"), devices.glob("vfio/*"))):
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _client() -> Any:

@@ -1,6 +1,10 @@
 """Which process this is; what several do together is in test_multiprocess.py."""
 
+import importlib.util
+import os
 import socket
+import subprocess
+import sys
 import threading
 
 import jax
@@ -29,6 +33,20 @@ def test_alone(monkeypatch):
     assert distributed.any_process(True) and not distributed.any_process(False)
     distributed.wait_for_all()
     distributed.finish()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_libtpu_is_quiet_without_a_tpu():
+    program = "from alibi_jax import distributed; distributed.initialize({}); import jax; "
+    program += "print(jax.devices()[0].platform)"
+    unset = ("JAX_PLATFORMS", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # another test may have loaded it
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    if done.stdout.strip() == "cpu":
+        assert done.stderr == ""
 
 
 @pytest.mark.parametrize(

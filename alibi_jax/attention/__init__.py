@@ -4,14 +4,16 @@ import math
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from alibi_jax.attention import choice
-from alibi_jax.attention.biases import Bias, LinearBias, as_bias, beyond_slopes
+from alibi_jax.attention.biases import Bias, LinearBias, PrefixBias, as_bias, beyond_slopes
 from alibi_jax.attention.case import Case
-from alibi_jax.attention.devices import length_is_sharded, per_device, whole_length
+from alibi_jax.attention.devices import per_device
+from alibi_jax.attention.placement import length_is_sharded, whole_length
 from alibi_jax.bias import check_integer, is_known
 from alibi_jax.typing import (
     Attended,
@@ -143,6 +145,8 @@ def attention(
     attend = partial(chosen.attend, causal=causal, tolerance=tolerance)
     if implementation == "dense":
         query, key, value = whole_length(query), whole_length(key), whole_length(value)
+        if isinstance(bias, PrefixBias):
+            bias = jax.tree.map(whole_length, bias)
     else:
         attend = partial(per_device, attend)
     tokens = {

@@ -21,6 +21,7 @@ from jax import Array
 from jax.tree_util import register_dataclass
 from jaxtyping import Float, Int
 
+from alibi_jax.attention.placement import whole_length
 from alibi_jax.bias import check_slopes, distance_bias, float_dtype
 from alibi_jax.typing import Slopes
 
@@ -298,7 +299,7 @@ def prefix_sums(log_gates: Float[Array, "B L H"], start: Prefix | None = None) -
         raise TypeError(f"log_gates must be floating, got {log_gates.dtype}")
     if log_gates.ndim != 3:
         raise ValueError(f"log_gates must be [batch, length, heads], got {log_gates.shape}")
-    log_gates = log_gates.astype(float_dtype(log_gates.dtype))
+    log_gates = whole_length(log_gates.astype(float_dtype(log_gates.dtype)))
     if start is None:
         start = Prefix(*(jnp.zeros_like(log_gates[:, :1]),) * 2)
     for part in start:

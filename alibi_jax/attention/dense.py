@@ -62,7 +62,8 @@ def dense(
     signed = distances(query_positions, key_positions)
     distance = jnp.abs(signed)
     if isinstance(bias, LinearBias) and bias.sink:
-        distance = distance.at[:, :, 0].set(0)
+        first = jnp.arange(distance.shape[-1], dtype=jnp.int32)[None, None] == 0
+        distance = jnp.where(first, 0, distance)
     logits += bias.dense(distance, jnp.asarray(query_positions))
 
     seen = signed >= 0 if causal else jnp.ones_like(signed, bool)

@@ -205,10 +205,11 @@ def test_devices_share_batch_and_heads(implementation, name):
 
     at = 2 * np.arange(40).reshape(2, 20)
     expected = jax.jit(both)(*arrays, params, at, 9)
-    mesh = jax.make_mesh((2, 2), ("data", "tensor"), devices=jax.devices()[:4])
-    of_params = P("data", None, "tensor") if name == "prefix" else P("tensor")
+    mesh = jax.make_mesh((2, 2, 1), ("data", "tensor", "context"), devices=jax.devices()[:4])
+    of_tokens = P("data", "context", "tensor")  # over a context axis of one
+    of_params = of_tokens if name == "prefix" else P("tensor")
     with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, P("data", None, "tensor")) for x in arrays]
+        placed = [jax.device_put(x, of_tokens) for x in arrays]
         params = jax.device_put(params, of_params)
         got = jax.jit(both)(*placed, params, jax.device_put(at, P("data")), 9)
     assert jax.tree.leaves(got[4])[0].sharding.spec[0] == of_params[0]

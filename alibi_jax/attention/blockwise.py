@@ -307,8 +307,9 @@ def _pairs(
 
     index = jnp.expand_dims(columns[0] + jnp.arange(columns[1], dtype=jnp.int32), query_axis)
     position, key_position = both(tokens.query_positions, tokens.key_positions)
-    distance = jnp.abs(position - key_position)
-    seen = position >= key_position if plan.causal else jnp.ones((1, 1), bool)
+    signed = position - key_position  # whose sign is right even where positions wrap round
+    distance = jnp.abs(signed)
+    seen = signed >= 0 if plan.causal else jnp.ones((1, 1), bool)
     if plan.sink:
         distance = jnp.where(index == 0, 0, distance)
     if tokens.window is not None:

@@ -52,8 +52,8 @@ def per_device(
         if len(axes[1]) > 1 or axes[3]:
             raise ValueError(
                 f"{name} is sharded as {spec_of(x)}: only batch, length and heads (axes 0 to 2) "
-                'may be, and length over one mesh axis; implementation="dense" takes any sharding of '
-                "batch, heads and head dim"
+                'may be, and length over one mesh axis; implementation="dense" takes any sharding '
+                "of batch, heads and head dim"
             )
     if not of_query[:2] == of_key[:2] == of_value[:2] or of_key[2] != of_value[2] or of_value[3]:
         raise ValueError(

@@ -35,7 +35,7 @@ class OptimizerConfig:
     beta1: float = 0.9  # decay of the mean of gradients; the momentum of nag
     beta2: float = 0.95  # adamw: decay of the mean of squared gradients
     epsilon: float = 1e-8  # adamw: added to the denominator
-    weight_decay: float = 0.1  # decoupled; never on norms and biases
+    weight_decay: float = 0.1  # decoupled; never on norms, biases and positions
     clip_norm: float = 1.0  # largest global norm of the gradient
 
     def validate(self) -> None:
@@ -141,6 +141,12 @@ class Config:
             f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is more than "
             f"config.training.num_steps={self.training.num_steps}: warm up for at most as many",
         )
+
+    def with_trained_length(self) -> "Config":
+        """The config whose model knows the length that it is trained at."""
+        length = self.model.trained_length or self.data.sequence_length
+        model = dataclasses.replace(self.model, trained_length=length)
+        return dataclasses.replace(self, model=model)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""

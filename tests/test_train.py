@@ -393,7 +393,7 @@ VALUES = [
     ("model.slopes=1,2,3", "config.model.slopes has 3 values for num_heads=2: give one a head"),
     ("model.slopes=1,-2", "finite numbers, at least 0"),
     ("model.remat=true", "must be one of none, dots, full"),
-    ("model.position=rope", "must be one of alibi, sinusoidal, none"),
+    ("model.position=rope", "must be one of alibi, sinusoidal, learned"),
     ("model.bias_max=0", "config.model.bias_max=0.0: a finite number above 0"),
     ("model.vocab_size=10", "config.model.vocab_size=10 is less than the tokenizer's 257"),
     ("model.num_lay=1", "did you mean config.model.num_layers?"),

@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from alibi_jax.attention.case import Case
+from alibi_jax.attention.case import Case, refusal_beyond_slopes
 from alibi_jax.attention.context import Passes, ring_attention
 from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
 from alibi_jax.bias import distance_bias
@@ -65,7 +65,7 @@ def refusal(case: Case) -> str | None:
         return f"takes bfloat16 and float32, not {case.dtype}"
     if max(case.head_dim, case.value_dim) > 256:
         return f"takes head dims up to 256, not {max(case.head_dim, case.value_dim)}"
-    return None
+    return refusal_beyond_slopes(case)
 
 
 def pallas_tpu(

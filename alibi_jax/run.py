@@ -132,11 +132,11 @@ def train_short_test_long(
 
 
 def completed(config: Config, vocab_size: int) -> Config:
-    """The config with what only the data say: the tokenizer's vocabulary size, or a larger one."""
+    """The config with what only the data say: the sizes of the vocabulary and of training rows."""
     given = config.model.vocab_size
     require(
         given is None or given >= vocab_size,
         f"config.model.vocab_size={given} is less than the tokenizer's {vocab_size}: leave it out",
     )
     model = dataclasses.replace(config.model, vocab_size=given or vocab_size)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model).with_trained_length()

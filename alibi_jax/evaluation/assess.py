@@ -43,7 +43,8 @@ class Scorer(NamedTuple):
     losses: WindowedLossFn  # nats f32[B, L] of int32[B, L+1] and a window or None
     logits: retrieval.LogitsFn  # f32[B, n, V] of int32[B, L] and n
     attention_mass: MassFn  # f32[layers, B, H, edges + 1] of int32[B, L], edges and a number
-    slopes: np.ndarray | None  # f32[H] or f32[layers, H]; None: no linear bias
+    # f32[H] or f32[layers, H] in rows of so many tokens; None: no linear bias.
+    slopes: Callable[[int], np.ndarray | None]
 
 
 # What a protocol adds: to "protocols" and to "verdict".
@@ -334,7 +335,7 @@ def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
             length,
             num_queries=setting.config.num_targets,
             num_bootstrap=setting.config.num_bootstrap,
-            slopes=scorer.slopes,
+            slopes=scorer.slopes(length),
             tokens_per_batch=setting.config.tokens_per_batch,
             progress=progress,
         )

@@ -102,8 +102,9 @@ def warning(
 ) -> str | None:
     """Say where the nonoverlapping curve alone would mislead; None where it would not.
 
-    It does where it falls, while the loss on fixed targets does not fall: longer context gains
-    nothing, there are only fewer tokens near the start of a window.
+    It does where it falls, while longer context gains nothing that can be measured on fixed
+    targets, or less than half of it for sure (the far end of the interval): what remains is fewer
+    tokens near the start of a window.
 
     Args:
         nonoverlapping: Entries by length.
@@ -120,7 +121,8 @@ def warning(
     whole_interval, fixed_interval = whole["change_interval"], fixed["change_interval"]
     if whole_interval is None or fixed_interval is None or whole["relative_change"] is None:
         return None
-    if whole_interval[1] >= 0 or fixed_interval[1] < 0:
+    falls, gains = whole_interval[1] < 0, fixed_interval[1] < 0
+    if not falls or (gains and -fixed_interval[0] > -whole["change"] / 2):
         return None
     return (
         f"nonoverlapping windows alone would mislead: at {length} tokens their loss changes by "

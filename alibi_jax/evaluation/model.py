@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -38,8 +39,7 @@ def restore_decoder(directory: Path, config: Config) -> tuple[Decoder, int, dict
     Raises:
         UserError: There is no checkpoint, or none can be read.
     """
-    device = jax.devices()[0]
-    mesh = make_mesh(MeshConfig(data=1), [device])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
     with jax.set_mesh(mesh):
         graphdef, abstract = abstract_state(config.model, optimizer, config.training.seed, mesh)
@@ -47,7 +47,7 @@ def restore_decoder(directory: Path, config: Config) -> tuple[Decoder, int, dict
     if restored is None:
         raise UserError(f"--workdir={directory.parent} holds no checkpoint yet: train it first")
     # Off the mesh: one device needs none.
-    params = jax.device_put(restored.state.params, device)
+    params = jax.tree.map(lambda x: x.addressable_data(0), restored.state.params)
     return nnx.merge(graphdef, params), restored.step, restored.unreadable
 
 
@@ -119,7 +119,7 @@ def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:
         losses,
         logits,
         lambda tokens, edges, count: mass(params, tokens, edges, count),
-        slopes_of(decoder),
+        lambda length: slopes_of(decoder, length),
     )
 
 
@@ -128,16 +128,19 @@ def chunk_length(length: int, tokens_per_batch: int) -> int:
     return next(size for size in range(min(length, tokens_per_batch), 0, -1) if length % size == 0)
 
 
-def slopes_of(decoder: Decoder) -> np.ndarray | None:
-    """Return the slope of every head, f32[layers, H], or None where the bias is not linear."""
-    config = decoder.config
-    if config.position != "alibi":
+def slopes_of(decoder: Decoder, length: int) -> np.ndarray | None:
+    """Return the slope of every head in a row of `length` tokens, f32[layers, H].
+
+    None where the bias is not linear.
+    """
+    if decoder.config.position != "alibi":
         return None
     layers = decoder.blocks.attention.position
+    nothing = jnp.zeros((1, length, decoder.config.embed_dim))  # slopes do not depend on it
 
     def slopes(index: int) -> np.ndarray:
         layer = None if layers is None else jax.tree.map(operator.itemgetter(index), layers)
-        bias = decoder.position.bias(layer, None, config.trained_length or 1, None)
+        bias = decoder.position.bias(layer, nothing, length, None)
         return np.asarray(getattr(bias, "slopes", bias))
 
-    return np.stack([slopes(index) for index in range(config.num_layers)])
+    return np.stack([slopes(index) for index in range(decoder.config.num_layers)])

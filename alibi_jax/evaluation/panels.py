@@ -151,7 +151,8 @@ def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
     axes.set_ylabel("nearest keys (tokens)")
     sloped_title = "; line: slope alone" if any(head["slope_keys"] for head in heads) else ""
     axes.set_title(f"share of attention{sloped_title}")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    most = max(head["head"] for head in heads) + 1
+    axes.set_xticks(range(1, most + 1, -(-most // 12)))
     axes.spines[["top", "right"]].set_visible(False)
     handles, _ = axes.get_legend_handles_labels()
     axes.legend(handles, [f"{q:.0%}" for q in mass["quantiles"]], frameon=False, loc="best")

@@ -26,7 +26,7 @@ from alibi_jax.evaluation.protocols import in_batches
 LogitsFn = Callable[[np.ndarray, int], Any]
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-CUE = "\nThe pass key is "
+CUE = "\nKey: "
 MARGIN = 0.1  # found: the accuracy is above chance by more than this
 _NEEDLE_SYMBOLS = 5
 _PAIRS = 8

@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 
 from alibi_jax.attention import choice
-from alibi_jax.attention.biases import Bias, as_bias, beyond_slopes
+from alibi_jax.attention.biases import Bias, LinearBias, as_bias, beyond_slopes
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.devices import length_is_sharded, per_device, whole_length
 from alibi_jax.bias import check_integer, is_known
@@ -139,23 +139,20 @@ def attention(
     segment_ids, key_segment_ids = _segments(segment_ids, key_segment_ids, *sizes)
     chosen = choice.IMPLEMENTATIONS[implementation]
     attend = partial(chosen.attend, causal=causal, tolerance=tolerance)
-    if chosen.any_bias:
-        attend = partial(attend, window=window)
     if implementation == "dense":
         query, key, value = whole_length(query), whole_length(key), whole_length(value)
     else:
         attend = partial(per_device, attend)
-    return attend(
-        query,
-        key,
-        value,
-        bias if chosen.any_bias else bias.slopes,
-        scale=scale,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        segment_ids=segment_ids,
-        key_segment_ids=key_segment_ids,
-    )
+    tokens = {
+        "query_positions": query_positions,
+        "key_positions": key_positions,
+        "segment_ids": segment_ids,
+        "key_segment_ids": key_segment_ids,
+    }
+    if chosen.any_bias:
+        return attend(query, key, value, bias, scale=scale, window=window, **tokens)
+    assert isinstance(bias, LinearBias)
+    return attend(query, key, value, bias.slopes, scale=scale, **tokens)
 
 
 def _check_inputs(query: Array, key: Array, value: Array) -> None:

@@ -5,10 +5,9 @@
 - `PrefixBias` is `c_i - c_j` with c the cumulative sum of one number a token, as in the Forgetting
   Transformer: decay that depends on the data. Constant log gates of -slope are ALiBi.
 
-All are pytrees: parameters are their leaves, what is static their structure. An implementation
-takes them apart into what belongs to a head (`of_heads`, leaves [H, ...]) and to a token of a head
-(`of_queries` and `of_keys`, leaves [B, length, H]), cuts out what a tile needs, and asks `at` for
-the bias and `most` for a bound.
+All are pytrees: parameters are their leaves, what is static their structure. `dense` gives all of
+a bias. An implementation that goes by tiles takes it apart into what belongs to a head and what to
+a token (`parts`), cuts out what a tile needs, and asks `at` for the bias and `most` for a bound.
 """
 
 from collections.abc import Callable
@@ -37,6 +36,14 @@ class Prefix(NamedTuple):
     low: Float[Array, "B L H"]
 
 
+class Parts(NamedTuple):
+    """The arrays of a bias, by what they belong to: pytrees, or None. Gradients look the same."""
+
+    heads: Any = None  # [H, ...]
+    queries: Any = None  # [B, T, H]
+    keys: Any = None  # [B, S, H]
+
+
 @partial(register_dataclass, data_fields=["slopes"], meta_fields=["sink"])
 @dataclass(frozen=True)
 class LinearBias:
@@ -52,16 +59,25 @@ class LinearBias:
     sink: bool = False
 
     @property
-    def of_heads(self) -> Head:
-        return self.slopes
+    def parts(self) -> Parts:
+        """The slopes, which belong to heads."""
+        return Parts(heads=self.slopes)
 
-    of_queries = of_keys = None
+    def with_parts(self, parts: Parts) -> "LinearBias":
+        """Return the bias that has other parts, or its gradient that has theirs."""
+        return LinearBias(parts.heads, self.sink)
+
+    bounded = True
 
     def at(
         self, head: Head, query: None, key: None, distance: Distances, query_position: Array
     ) -> Pairs:
         """Return the bias of one head at distances >= 0."""
         return -head * distance.astype(head.dtype)
+
+    def most(self, head: Head, query: None, key: None, distance: Distances) -> Pairs:
+        """Return the largest bias of a head between two tiles at least that far apart."""
+        return self.at(head, query, key, distance, distance)
 
     def dense(
         self, distance: Int[Array, "#B T S"], query_positions: Int[Array, "#B T"]
@@ -93,16 +109,29 @@ class DistanceBias:
     upper: Callable[[Head, Array], Array] | None = None
 
     @property
-    def of_heads(self) -> Head:
-        return self.params
+    def parts(self) -> Parts:
+        """The parameters, which belong to heads."""
+        return Parts(heads=self.params)
 
-    of_queries = of_keys = None
+    def with_parts(self, parts: Parts) -> "DistanceBias":
+        """Return the bias that has other parts, or its gradient that has theirs."""
+        return DistanceBias(self.function, parts.heads, self.upper)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is a bound, `most`."""
+        return self.upper is not None
 
     def at(
         self, head: Head, query: None, key: None, distance: Distances, query_position: Array
     ) -> Pairs:
         """Return the bias of one head at distances >= 0."""
         return self.function(head, distance, query_position)
+
+    def most(self, head: Head, query: None, key: None, distance: Distances) -> Pairs:
+        """Return at least the largest bias of a head between two tiles at least that far apart."""
+        assert self.upper is not None, "a bias that is not bounded"
+        return self.upper(head, distance)
 
     def dense(
         self, distance: Int[Array, "#B T S"], query_positions: Int[Array, "#B T"]
@@ -155,15 +184,16 @@ class PrefixBias:
             )
         return cls(Prefix(*(x[:, -num_queries:] for x in key)), key)
 
-    of_heads = None
-
     @property
-    def of_queries(self) -> Prefix:
-        return self.query
+    def parts(self) -> Parts:
+        """The sums, which belong to tokens."""
+        return Parts(queries=self.query, keys=self.key)
 
-    @property
-    def of_keys(self) -> Prefix:
-        return self.key
+    def with_parts(self, parts: Parts) -> "PrefixBias":
+        """Return the bias that has other parts, or its gradient that has theirs."""
+        return PrefixBias(parts.queries, parts.keys)
+
+    bounded = True
 
     def at(
         self, head: None, query: Prefix, key: Prefix, distance: Array, query_position: Array
@@ -172,6 +202,12 @@ class PrefixBias:
         query = jax.lax.stop_gradient(query)  # exactly 0: see above
         # The difference of the high parts is exact, or as large as its own rounding allows.
         return (query.high - key.high) + (query.low - jax.lax.stop_gradient(key.low))
+
+    def most(self, head: None, query: Prefix, key: Prefix, distance: Array) -> Array:
+        """Return the largest bias between tiles of queries, sums [n, t], and of keys, [m, s]."""
+        first, last = _largest(query), _largest(jax.tree.map(jnp.negative, key))
+        smallest = jax.tree.map(lambda x: -x.T, last)
+        return self.at(None, first, smallest, distance, distance)
 
     def dense(
         self, distance: Int[Array, "#B T S"], query_positions: Int[Array, "#B T"]
@@ -294,3 +330,10 @@ def _add(a: Prefix, b: Prefix) -> Prefix:
     low = (a.high - (high - of_b)) + (b.high - of_b) + (a.low + b.low)
     total = high + low
     return Prefix(total, low - (total - high))
+
+
+def _largest(x: Prefix) -> Prefix:
+    """Return the largest of each row, [n, 1]: high is the nearest float, so it goes before low."""
+    high = x.high.max(axis=-1, keepdims=True)
+    low = jnp.where(x.high == high, x.low, -jnp.inf).max(axis=-1, keepdims=True)
+    return Prefix(high, low)

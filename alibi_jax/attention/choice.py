@@ -7,7 +7,8 @@ import jax
 
 from alibi_jax.attention import pallas_tpu
 from alibi_jax.attention.blockwise import blockwise
-from alibi_jax.attention.case import Case, refusal_beyond_slopes
+from alibi_jax.attention.blockwise import refusal as refusal_blockwise
+from alibi_jax.attention.case import Case
 from alibi_jax.attention.columns import cudnn, refusal_cudnn, refusal_splash, splash
 from alibi_jax.attention.dense import dense
 from alibi_jax.typing import Attended
@@ -40,7 +41,7 @@ class Implementation(NamedTuple):
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "dense": Implementation(dense, refusal_dense, any_bias=True),
-    "blockwise": Implementation(blockwise, refusal_beyond_slopes),
+    "blockwise": Implementation(blockwise, refusal_blockwise, any_bias=True),
     "pallas_tpu": Implementation(pallas_tpu.pallas_tpu, pallas_tpu.refusal),
     "cudnn": Implementation(cudnn, refusal_cudnn),
     "splash": Implementation(splash, refusal_splash),

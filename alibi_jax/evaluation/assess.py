@@ -163,7 +163,7 @@ def assess(
     return {
         "train_length": train_length,
         "protocols": {name: found[name] for name in PROTOCOLS if name in wanted and name in found},
-        "verdict": judgement.conclude(judged),
+        "verdict": judgement.conclude(judged, setting.longest),
         "left_out": left_out,
         "num_windows": len(windows.tokens),
         "num_documents": setting.num_documents,

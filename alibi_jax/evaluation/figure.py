@@ -66,6 +66,15 @@ def extrapolation_figure(summary: Mapping[str, Any], path: Path, title: str | No
         lengths = [entry["length"] for entry in summary["protocols"]["fixed_targets"]]
         for axes in (level, change):
             length_axis(axes, lengths, summary["train_length"])
+            axes.annotate(
+                "training length",
+                (summary["train_length"], 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(-3, 2),
+                textcoords="offset points",
+                color="0.3",
+                fontsize=7,
+            )
         level.set_ylabel("bits per byte")
         level.legend(frameon=False)
         change_axis(change)
@@ -104,22 +113,8 @@ def length_axis(axes: "Axes", lengths: Sequence[int], train_length: int) -> None
     axes.set_xticks(lengths, [tokens_text(length) for length in lengths])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("window length (tokens)")
-    training_length(axes, train_length)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def training_length(axes: "Axes", train_length: int) -> None:
-    """Mark the training length on x."""
     axes.axvline(train_length, color="0.3", linestyle=":", linewidth=1)
-    axes.annotate(
-        "training length",
-        (train_length, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-3, 2),
-        textcoords="offset points",
-        color="0.3",
-        fontsize=7,
-    )
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def change_axis(axes: "Axes") -> None:

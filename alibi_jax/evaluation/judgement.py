@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from alibi_jax.evaluation.bootstrap import document_sums, interval_of_a_length
+from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.retrieval import retrieves_to
 from alibi_jax.evaluation.verdict import TOLERANCE, Entry, percent, relative_change, verdict
 
@@ -118,15 +119,16 @@ def warning(
         next(entry for entry in entries if entry["length"] == length)
         for entries in (nonoverlapping, fixed_targets)
     )
+    change, relative = whole["change"], whole["relative_change"]
     whole_interval, fixed_interval = whole["change_interval"], fixed["change_interval"]
-    if whole_interval is None or fixed_interval is None or whole["relative_change"] is None:
+    if change is None or relative is None or whole_interval is None or fixed_interval is None:
         return None
     falls, gains = whole_interval[1] < 0, fixed_interval[1] < 0
-    if not falls or (gains and -fixed_interval[0] > -whole["change"] / 2):
+    if not falls or (gains and -fixed_interval[0] > -change / 2):
         return None
     return (
         f"nonoverlapping windows alone would mislead: at {length} tokens their loss changes by "
-        f"{percent(whole['relative_change'])}, but on the same targets longer context changes it "
+        f"{percent(relative)}, but on the same targets longer context changes it "
         f"by {relative_change(fixed)}."
     )
 
@@ -139,8 +141,12 @@ MEASURED_BY = {
 }
 
 
-def conclude(judged: Mapping[str, Any]) -> dict[str, Any]:
+def conclude(judged: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """Complete the verdict from what the protocols found; what was not measured is None.
+
+    Args:
+        judged: What `holding`, `context_use` and `retrieval_range` returned.
+        longest: The longest length that was measured.
 
     Returns:
         "text", one line; "holds_to", "uses_context_to" and "retrieves_to" in tokens, each with its
@@ -150,28 +156,29 @@ def conclude(judged: Mapping[str, Any]) -> dict[str, Any]:
     for name, protocol in MEASURED_BY.items():
         complete |= {name: None, f"{name}_interval": None, f"{name}_protocol": protocol}
     complete |= judged
-    return complete | {"text": sentence(complete)}
+    return complete | {"text": sentence(complete, longest)}
 
 
-def sentence(judged: Mapping[str, Any]) -> str:
-    """Write the verdict in one line, with what was measured."""
+def sentence(judged: Mapping[str, Any], longest: int) -> str:
+    """Write the verdict in one line; `longest` is the longest length that was measured."""
     parts = []
     if judged["holds_to"] is not None:
-        parts.append(
-            f"holds to {_tokens(judged, 'holds_to')} (paired, within {100 * TOLERANCE:g}%)"
-        )
+        within = f"(paired, within {100 * TOLERANCE:g}%)"
+        parts.append(f"holds to {_tokens(judged, 'holds_to', longest)} {within}")
     if judged["uses_context_to"] is not None:
-        parts.append(f"uses context to {_tokens(judged, 'uses_context_to')}")
+        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}")
     if judged["retrieves_to"]:
-        parts.append(f"retrieves to {_tokens(judged, 'retrieves_to')}")
+        parts.append(f"retrieves to {_tokens(judged, 'retrieves_to', longest)}")
     elif judged["retrieves_to"] == 0:
         parts.append("retrieves from no length reliably")
     text = ", ".join(parts) or "nothing was measured that a verdict needs"
     return text[0].upper() + text[1:] + "."
 
 
-def _tokens(judged: Mapping[str, Any], name: str) -> str:
-    interval = judged[f"{name}_interval"]
-    if interval is None:
-        return f"{judged[name]} tokens"
-    return f"{judged[name]} tokens [{interval[0]}, {interval[1]}]"
+def _tokens(judged: Mapping[str, Any], name: str, longest: int) -> str:
+    tokens, interval = judged[name], judged[f"{name}_interval"]
+    bound = "at least " if tokens == longest else ""
+    if name == "uses_context_to" and tokens == SHORTEST_WINDOW:
+        bound = "at most "
+    ends = "" if interval is None else f" [{interval[0]}, {interval[1]}]"
+    return f"{bound}{tokens} tokens{ends}"

@@ -13,7 +13,6 @@ from alibi_jax.evaluation.figure import (
     length_axis,
     save,
     tokens_text,
-    training_length,
 )
 from alibi_jax.evaluation.judgement import CONTEXT_TOLERANCE
 
@@ -99,7 +98,8 @@ def _by_position(axes: "Axes", found: Mapping[str, Any]) -> None:
     curve(axes, at, "nats_per_token", "interval", bits_per_nat, {"color": _BLUE, "marker": "."})
     axes.set_xscale("log", base=2)
     _thin_ticks(axes, found["protocols"]["by_position"]["length"])
-    training_length(axes, found["train_length"])
+    axes.axvline(found["train_length"], color=_GREY, linestyle=":", linewidth=1)
+    _note(axes, found["train_length"], "training length")
     axes.set_xlabel("position (tokens of context)")
     axes.set_ylabel("bits per byte")
     axes.set_title("loss by position")
@@ -118,18 +118,9 @@ def _truncation(axes: "Axes", found: Mapping[str, Any]) -> None:
     if used is not None:
         axes.axvline(used, color=_ORANGE, linestyle="--", linewidth=1)
         axes.axvspan(*(interval or (used, used)), color=_ORANGE, alpha=0.15, linewidth=0)
-        axes.annotate(
-            f"uses {tokens_text(used)}",
-            (used, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, -2),
-            textcoords="offset points",
-            verticalalignment="top",
-            color=_GREY,
-            fontsize=6,
-        )
-    axes.set_xlabel("keys seen: the nearest W, in every layer")
-    axes.set_ylabel("loss above that of all keys (%)")
+        _note(axes, used, f"uses {tokens_text(used)}")
+    axes.set_xlabel("nearest keys seen, in every layer")
+    axes.set_ylabel("loss above all keys' (%)")
     axes.set_title(f"truncated context, of {tokens_text(entries[-1]['window'])}")
 
 
@@ -182,6 +173,20 @@ def _retrieval(axes: "Axes", found: Mapping[str, Any]) -> None:
     bar = axes.figure.colorbar(image, ax=axes, ticks=[0, chance, 1])
     bar.ax.set_yticklabels(["0", "chance", "1"])
     bar.ax.axhline(chance, color="white", linewidth=1)
+
+
+def _note(axes: "Axes", x: float, text: str) -> None:
+    """Write at the top of a vertical line, on its right."""
+    axes.annotate(
+        text,
+        (x, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(2, -2),
+        textcoords="offset points",
+        verticalalignment="top",
+        color=_GREY,
+        fontsize=6,
+    )
 
 
 def _thin_ticks(axes: "Axes", last: int, first: int = 1, axis: str = "x") -> None:

@@ -40,7 +40,7 @@ LossFn = Callable[[np.ndarray], Any]
 # The same, where attention sees only keys at a distance below the window; None: all keys.
 WindowedLossFn = Callable[[np.ndarray, int | None], Any]
 
-_SHORTEST_WINDOW = 32  # of the truncation, in tokens
+SHORTEST_WINDOW = 32  # of the truncation, in tokens
 
 
 def evaluate(
@@ -176,8 +176,8 @@ def sliding_ends(longest: int, stride: int) -> np.ndarray:
 
 def truncation_windows(longest: int) -> tuple[int | None, ...]:
     """Windows of the truncation: 32, 64, ... below `longest`, and last None, which cuts nothing."""
-    count = max(0, int(np.ceil(np.log2(longest / _SHORTEST_WINDOW))))
-    return (*(_SHORTEST_WINDOW << i for i in range(count)), None)
+    count = max(0, int(np.ceil(np.log2(longest / SHORTEST_WINDOW))))
+    return (*(SHORTEST_WINDOW << i for i in range(count)), None)
 
 
 def truncated_losses(

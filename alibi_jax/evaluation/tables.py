@@ -133,18 +133,18 @@ def _needle(task: Any, train_length: int) -> list[str]:
     depths = sorted({entry["depth"] for entry in entries})
     lines = [
         f"{'tokens':>8}"
-        + "".join(f"  depth {depth:<5g}" for depth in depths)
+        + "".join(f"{f'depth {depth:g}':>14}" for depth in depths)
         + f"  needle found (chance {task['chance']:.0%})"
     ]
     for length in sorted({entry["length"] for entry in entries}):
         row = [entry for entry in entries if entry["length"] == length]
-        lines.append(f"{length:>8}" + "".join(f"{_accuracy(entry):>13}" for entry in row))
+        lines.append(f"{length:>8}" + "".join(f"{_accuracy(entry):>14}" for entry in row))
     return lines
 
 
 def _recall(task: Any, train_length: int) -> list[str]:
     lines = [f"{'tokens':>8}  recall of values by their keys (chance {task['chance']:.0%})"]
-    return lines + [f"{entry['length']:>8}{_accuracy(entry):>13}" for entry in task["entries"]]
+    return lines + [f"{entry['length']:>8}{_accuracy(entry):>14}" for entry in task["entries"]]
 
 
 def _accuracy(entry: Mapping[str, Any]) -> str:

@@ -17,12 +17,14 @@ from tests.evaluation.oracles import copies, explodes, remembers_pairs, scorer, 
 TRAINED = 64
 LENGTHS = (64, 128, 256, 512, 1024)
 CONFIG = EvaluationConfig(
-    num_windows=8, num_targets=16, num_trials=6, tokens_per_batch=2048, num_bootstrap=200
+    num_windows=8, num_targets=16, num_trials=12, tokens_per_batch=2048, num_bootstrap=200
 )
 
 
 @dataclasses.dataclass
 class Split:
+    """Tokenized documents."""
+
     tokens: np.ndarray
     offsets: np.ndarray
 
@@ -62,8 +64,8 @@ def test_the_verdict_finds_what_was_planted(found):
     assert verdict["uses_context_to"] == 64 and verdict["uses_context_to_interval"] == [64, 64]
     assert verdict["retrieves_to"] == 1024 and verdict["retrieves_to_interval"] == [1024, 1024]
     assert verdict["text"] == (
-        "Holds to 1024 tokens [1024, 1024] (paired, within 1%), uses context to 64 tokens "
-        "[64, 64], retrieves to 1024 tokens [1024, 1024]."
+        "Holds to at least 1024 tokens [1024, 1024] (paired, within 1%), uses context to 64 tokens "
+        "[64, 64], retrieves to at least 1024 tokens [1024, 1024]."
     )
     assert verdict["holds_to_protocol"] == "fixed_targets"
     assert verdict["uses_context_to_protocol"] == "truncation"
@@ -92,15 +94,22 @@ def test_truncated_on_purpose_is_found_to_use_so_much(reach):
     assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}]."
 
 
-def test_a_gain_below_half_a_percent_is_no_use():
+@pytest.mark.parametrize(("gain", "expected"), [(0.004, 64), (0.006, 1024)])
+def test_context_that_gains_half_a_percent_is_used(gain, expected):
     def losses(tokens, window):
-        return uses(64)(tokens, window) - 1e-4 * np.log2(1 if window is None else 1)
+        return uses(64)(tokens, window) * (1 if window is None else 1 + gain)
 
-    def tiny_gain(tokens, window):
-        return uses(64)(tokens, window) + (0 if window is None else 0.004 * 2.2)
+    verdict = evaluate(scorer(losses), wanted=("truncation",))["verdict"]
+    assert verdict["uses_context_to"] == expected
+
+
+def test_windows_that_all_lose_to_a_shorter_one_are_not_used():
+    """Full context is worst: what counts is where a longer window stops helping."""
+
+    def losses(tokens, window):
+        return uses(64)(tokens, window) + (1.0 if window is None or window > 128 else 0.0)
 
     assert evaluate(scorer(losses), wanted=("truncation",))["verdict"]["uses_context_to"] == 64
-    assert evaluate(scorer(tiny_gain), wanted=("truncation",))["verdict"]["uses_context_to"] == 64
 
 
 def test_an_exploding_loss_does_not_hold():
@@ -132,7 +141,7 @@ def test_infinities_are_null_and_no_crash(tmp_path):
 def test_a_copy_task_is_retrieved_to_its_range(reach, expected):
     found = evaluate(scorer(logits=copies(reach)), wanted=("needle",))
     assert found["verdict"]["retrieves_to"] == expected
-    assert found["verdict"]["retrieves_to_interval"][0] == expected
+    assert found["verdict"]["retrieves_to_interval"] == [expected, expected]
     for entry in found["protocols"]["needle"]["entries"]:
         # Cue and needle are within reach, or nothing is.
         if entry["distance"] + 3 <= reach:
@@ -178,7 +187,9 @@ def test_attention_of_the_slope_alone_has_the_slopes_quantiles(found):
     for head in mass["heads"]:
         slope = (0.5, 1 / 64)[head["head"]]
         assert head["slope"] == slope
-        for p, keys, expected in zip(mass["quantiles"], head["keys"], head["slope_keys"]):
+        for p, keys, expected in zip(
+            mass["quantiles"], head["keys"], head["slope_keys"], strict=True
+        ):
             assert expected == math.ceil(math.log(1 - p) / -slope)
             # Edges are a quarter octave apart.
             assert keys == pytest.approx(math.log(1 - p) / -slope, rel=0.05, abs=0.3)
@@ -217,7 +228,7 @@ def test_what_the_data_cannot_serve_is_left_out_with_a_reason():
 
 
 def test_nothing_left_to_evaluate_is_refused():
-    with pytest.raises(UserError, match="nothing is left to evaluate: .*second half"):
+    with pytest.raises(UserError, match=r"nothing is left to evaluate: .*second half"):
         evaluate(scorer(), split_of(150, 140), wanted=("sliding_window",))
 
 

@@ -30,7 +30,7 @@ CUE = "\nKey: "
 MARGIN = 0.2  # found: the accuracy is above chance by more than this
 _NEEDLE_SYMBOLS = 5
 _PAIRS = 8
-_SEED = 0  # the same trials in every evaluation
+_SEED = 0  # the same trials in every evaluation, others at every length and depth
 
 
 class Symbols(NamedTuple):
@@ -83,7 +83,7 @@ def needle_rows(
         int32 [num_trials, length + 1], whose last five tokens are the answer; and the distance from
         the token that predicts a symbol back to where that symbol stood.
     """
-    num_trials, rng = len(filler), np.random.default_rng(_SEED)
+    num_trials, rng = len(filler), np.random.default_rng([_SEED, length, round(100 * depth)])
     answers = rng.choice(symbols.values, (num_trials, _NEEDLE_SYMBOLS))
     needle = np.concatenate([np.tile(symbols.cue, (num_trials, 1)), answers], axis=1)
     body = length + 1 - 2 * needle.shape[1]
@@ -104,7 +104,7 @@ def recall_rows(filler: np.ndarray, length: int, symbols: Symbols) -> tuple[np.n
         int32 [num_trials, length + 1], whose last tokens are key, value, key, value and so on; and
         the mean distance from a key back to its value.
     """
-    num_trials, rng = len(filler), np.random.default_rng(_SEED)
+    num_trials, rng = len(filler), np.random.default_rng([_SEED, length])
     keys = rng.permuted(np.tile(symbols.keys, (num_trials, 1)), axis=1)[:, :_PAIRS]
     pairs = np.stack([keys, rng.choice(symbols.values, keys.shape)], axis=2)
     order = rng.permuted(np.tile(np.arange(_PAIRS), (num_trials, 1)), axis=1)
@@ -165,7 +165,7 @@ def needle(
 
     Args:
         logits_fn: f32[B, n, V] of int32[B, L] and n.
-        filler: int32 [num_trials, longest + 1], held-out text; a trial has the same at all depths.
+        filler: int32 [num_trials, longest + 1], held-out text.
         lengths: Tokens of input; each at least `shortest_needle`.
         symbols: What needles are made of.
         tokens_per_batch: Tokens computed at once.

@@ -132,9 +132,8 @@ def _needle(task: Any, train_length: int) -> list[str]:
     entries = task["entries"]
     depths = sorted({entry["depth"] for entry in entries})
     lines = [
-        f"{'tokens':>8}"
-        + "".join(f"{f'depth {depth:g}':>14}" for depth in depths)
-        + f"  needle found (chance {task['chance']:.0%})"
+        f"needle found [95% interval]; by chance: {task['chance']:.0%}",
+        f"{'tokens':>8}" + "".join(f"{f'depth {depth:g}':>14}" for depth in depths),
     ]
     for length in sorted({entry["length"] for entry in entries}):
         row = [entry for entry in entries if entry["length"] == length]
@@ -143,7 +142,7 @@ def _needle(task: Any, train_length: int) -> list[str]:
 
 
 def _recall(task: Any, train_length: int) -> list[str]:
-    lines = [f"{'tokens':>8}  recall of values by their keys (chance {task['chance']:.0%})"]
+    lines = [f"values found by their keys [95% interval]; by chance: {task['chance']:.0%}"]
     return lines + [f"{entry['length']:>8}{_accuracy(entry):>14}" for entry in task["entries"]]
 
 

@@ -166,7 +166,9 @@ def sentence(judged: Mapping[str, Any], longest: int) -> str:
         within = f"(paired, within {100 * TOLERANCE:g}%)"
         parts.append(f"holds to {_tokens(judged, 'holds_to', longest)} {within}")
     if judged["uses_context_to"] is not None:
-        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}")
+        broken = judged["holds_to"] is not None and judged["holds_to"] < longest
+        where = f" (of {longest}, where it does not hold)" if broken else ""
+        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}{where}")
     if judged["retrieves_to"]:
         parts.append(f"retrieves to {_tokens(judged, 'retrieves_to', longest)}")
     elif judged["retrieves_to"] == 0:

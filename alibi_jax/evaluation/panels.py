@@ -176,13 +176,16 @@ def _retrieval(axes: "Axes", found: Mapping[str, Any]) -> None:
 
 
 def _note(axes: "Axes", x: float, text: str) -> None:
-    """Write at the top of a vertical line, on its right."""
+    """Write at the top of a vertical line, on the side that has more room."""
+    start, stop = axes.get_xlim()
+    left = x > np.sqrt(start * stop)  # the axis is logarithmic
     axes.annotate(
         text,
         (x, 1),
         xycoords=("data", "axes fraction"),
-        xytext=(2, -2),
+        xytext=(-2 if left else 2, -2),
         textcoords="offset points",
+        horizontalalignment="right" if left else "left",
         verticalalignment="top",
         color=_GREY,
         fontsize=6,

@@ -46,14 +46,16 @@ def attention(
     Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3. As in its footnote 10 the
     scale never touches the bias. Logits and softmax are float32 (float64 for float64 inputs), and
     so is the accumulation of both products. A query that sees no key gives zeros, and zero
-    gradients. Differentiable in `query`, `key`, `value` and `slopes`: once and in reverse by the
-    implementations that go by tiles, and any number of times by "dense".
+    gradients. Differentiable in `query`, `key`, `value` and `slopes` (or the arrays of another
+    bias): once and in reverse by the implementations that go by tiles, and any number of times by
+    "dense".
 
     Under an explicit mesh, batch and head axes may be sharded without further annotation, as long
     as the mesh axis of the heads divides K, or K is 1 and replicated. So may the lengths of query,
     key and value, alike and over one mesh axis: positions are those in the whole sequence, and keys
     go round a ring of devices as far as the slope of their head reaches
-    (`alibi_jax.attention.context`). "blockwise" and "pallas_tpu" can do that.
+    (`alibi_jax.attention.context`). "blockwise" and "pallas_tpu" can do that, but for a sink or a
+    `PrefixBias`.
 
     Args:
       query: floating [B, T, H, D].

@@ -94,9 +94,9 @@ class DistanceBias:
     Attributes:
       function: `(params of one head, distance i32[t, s], query_position i32[t, 1]) -> f32[t, s]`.
         Elementwise in the distance, which is at least 0, with the position broadcast against it:
-        both may come transposed, [s, t] and [1, t]. It must be finite everywhere, with finite
-        derivatives in its parameters. It is static: the same object in every call, or each
-        compiles anew.
+        both may come transposed, [s, t] and [1, t]. Parameters come in the dtype to compute in, and
+        so must what it returns; it must be finite, with finite derivatives. It is static: give the
+        same object in every call, or each compiles anew.
       params: a pytree of floating arrays [H, ...].
       upper: `(params of one head, distance i32[n, m]) -> f32[n, m]`: at least the bias at *every*
         distance that is not less than this one, whatever the query's position. It decides which
@@ -138,9 +138,8 @@ class DistanceBias:
     ) -> Float[Array, "#B H T S"]:
         """Return the bias of all heads at distances >= 0."""
         of_heads = jax.vmap(self.function, in_axes=(0, None, None))
-        return jax.vmap(of_heads, in_axes=(None, 0, 0))(
-            self.params, distance, query_positions[..., None]
-        )
+        position = jnp.broadcast_to(query_positions, distance.shape[:2])[..., None]
+        return jax.vmap(of_heads, in_axes=(None, 0, 0))(self.params, distance, position)
 
 
 @partial(register_dataclass, data_fields=["query", "key"], meta_fields=[])
@@ -241,6 +240,8 @@ def as_bias(
                     f"{(batch, length, heads)}; got {shapes[0]}"
                 )
     elif isinstance(bias, DistanceBias):
+        if not jax.tree.leaves(bias.params):
+            raise ValueError("the params of a DistanceBias must hold at least one array [H, ...]")
         for leaf in jax.tree.leaves(bias.params):
             if jnp.ndim(leaf) == 0 or len(leaf) != heads:
                 raise ValueError(
@@ -310,6 +311,7 @@ def prefix_sums(log_gates: Float[Array, "B L H"], start: Prefix | None = None) -
 
 
 @jax.custom_jvp
+@jax.jit  # op by op it takes many times as long
 def _prefix_sums(x: Array, start: Prefix) -> Prefix:
     sums = jax.lax.associative_scan(_add, Prefix(x, jnp.zeros_like(x)), axis=1)
     return _add(jax.tree.map(lambda s: jnp.broadcast_to(s, x.shape), start), sums)

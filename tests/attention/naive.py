@@ -5,10 +5,28 @@ import numpy as np
 
 
 def naive_weights(
-    query, key, slopes, causal=True, scale=None, positions=None, segments=None
+    query,
+    key,
+    bias,
+    causal=True,
+    scale=None,
+    positions=None,
+    segments=None,
+    window=None,
+    sink=False,
 ) -> np.ndarray:
-    """Weights [B, H, T, S], row by row in float64; positions, segments are (query, key) pairs."""
-    query, key, slopes = (np.asarray(x, np.float64) for x in (query, key, slopes))
+    """Weights [B, H, T, S], row by row in float64; positions, segments are (query, key) pairs.
+
+    A bias is an array of slopes, or a function of batch entry, head and row, and of the distance
+    to each key and the query's position, that gives the row's bias.
+    """
+    query, key = (np.asarray(x, np.float64) for x in (query, key))
+    if not callable(bias):
+        slopes = np.asarray(bias, np.float64)
+
+        def bias(b, h, t, distance, position):
+            return -slopes[h] * distance
+
     (batch, length, heads, head_dim), (key_length, key_heads) = query.shape, key.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
     if positions is None:
@@ -18,21 +36,26 @@ def naive_weights(
     )
     weights = np.zeros((batch, heads, length, key_length))
     for b, h, t in np.ndindex(batch, heads, length):
+        distance = np.abs(query_positions[b, t] - key_positions[b])
+        if sink:
+            distance[0] = 0
         seen = np.ones(key_length, bool)
         if causal:
             seen &= key_positions[b] <= query_positions[b, t]
+        if window is not None:
+            seen &= distance < window
         if segments is not None:
             seen &= np.asarray(segments[1])[b] == np.asarray(segments[0])[b, t]
         content = scale * key[b, :, h // (heads // key_heads)] @ query[b, t, h]
-        logits = (content - slopes[h] * np.abs(query_positions[b, t] - key_positions[b]))[seen]
+        logits = (content + bias(b, h, t, distance, query_positions[b, t]))[seen]
         if seen.any():
             unnormalised = np.exp(logits - logits.max())
             weights[b, h, t, seen] = unnormalised / unnormalised.sum()
     return weights
 
 
-def naive_attention(query, key, value, slopes, **kwargs) -> np.ndarray:
-    weights = naive_weights(query, key, slopes, **kwargs)
+def naive_attention(query, key, value, bias, **kwargs) -> np.ndarray:
+    weights = naive_weights(query, key, bias, **kwargs)
     group = weights.shape[1] // value.shape[2]
     value = np.repeat(np.asarray(value, np.float64), group, axis=2)
     return np.einsum("bhts,bshd->bthd", weights, value)

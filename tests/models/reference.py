@@ -1,8 +1,21 @@
 """The decoder in float64 numpy, written from the papers, one sequence and one head at a time."""
 
+import importlib.util
 import math
+from pathlib import Path
 
 import numpy as np
+
+
+def load(name):
+    """A module of this folder."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+formulas = load("position_formulas")
 
 ERF = np.vectorize(math.erf)
 ACTIVATIONS = {
@@ -25,8 +38,6 @@ def linear(params, x, num_inputs=1):
 
 
 def slopes(config):
-    if config.position != "alibi":
-        return np.zeros(config.num_heads)
     if config.slopes is not None:
         return config.slope_scale * np.array(config.slopes)
     assert config.num_heads & (config.num_heads - 1) == 0, "powers of two only"
@@ -34,7 +45,36 @@ def slopes(config):
     return config.slope_scale * 2.0 ** (-config.bias_max * heads / config.num_heads)
 
 
-def attention(config, params, x, segments):
+def bias(config, params, own, x, head, i):
+    """Bias f64[i + 1] of query i; `params` are the model's, `own` those of the layer's method."""
+    distance = i - np.arange(i + 1)
+    of_heads = {name: np.asarray(value)[head] for name, value in own.items() if np.ndim(value)}
+    shared = params.get("position", {})
+    match config.position:
+        case "alibi":
+            slope = np.exp(of_heads["log_slopes"]) if own else slopes(config)[head]
+            return -slope * (np.where(distance == i, 0, distance) if config.sink else distance)
+        case "t5":
+            return shared["table"][head, [formulas.t5_bucket(d) for d in distance]]
+        case "kerple_log":
+            p, a = (np.exp(shared[name][head]) for name in ("log_p", "log_a"))
+            return formulas.kerple_log(p, a, distance, config.head_size)
+        case "kerple_power":
+            p, a = 2 / (1 + np.exp(-shared["logit_p"][head])), np.exp(shared["log_a"][head])
+            return formulas.kerple_power(p, a, distance, config.head_size)
+        case "bam":
+            return formulas.bam(np.exp(of_heads["log_scale"]), of_heads["exponent"], distance)
+        case "fire":
+            mlp = own | {"out": own["out"][head], "out_shift": own["out_shift"][head]}
+            limit = 512 * abs(own["multiplier"])
+            return formulas.fire(abs(own["c"]), limit, mlp, distance, i)
+        case "forgetting":
+            gates = 1 / (1 + np.exp(-linear(own, x)[:, head]))
+            return np.array([formulas.forgetting(gates, i, j) for j in range(i + 1)])
+    return np.zeros(i + 1)
+
+
+def attention(config, model, params, x, segments):
     query, key, value = (linear(params[name], x) for name in ("query", "key", "value"))
     if config.clip_qkv is not None:
         limit = config.clip_qkv
@@ -43,13 +83,19 @@ def attention(config, params, x, segments):
         axes = (-1,) if config.qk_norm == "per_head" else (-2, -1)
         query = norm(config, params["query_norm"], query, axes)
         key = norm(config, params["key_norm"], key, axes)
+    if config.position == "rotary":
+        frequencies = formulas.rotary_frequencies(config.head_size)
+        position = np.arange(len(x))[:, None, None]
+        query, key = (formulas.rotated(y, position, frequencies) for y in (query, key))
     scale = config.head_size**-0.5 if config.attention_scale is None else config.attention_scale
     mixed = np.zeros_like(query)
-    for head, slope in enumerate(slopes(config)):
+    own = params.get("position", {})
+    for head in range(config.num_heads):
         kv_head = head * config.kv_heads // config.num_heads
         for i in range(len(x)):
             seen = [j for j in range(i + 1) if segments[j] == segments[i]]
-            logits = scale * key[seen, kv_head] @ query[i, head] - slope * (i - np.array(seen))
+            logits = scale * key[seen, kv_head] @ query[i, head]
+            logits += bias(config, model, own, x, head, i)[seen]
             weights = np.exp(logits - logits.max())
             mixed[i, head] = weights / weights.sum() @ value[seen, kv_head]
     return linear(params["out"], mixed, 2)
@@ -70,12 +116,15 @@ def decoder(config, params, tokens, segments=None):
         half = config.embed_dim // 2
         angles = np.arange(len(tokens))[:, None] / 10_000 ** (np.arange(half) / half)
         x = x + np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    if config.position == "learned":
+        last = config.trained_length - 1
+        x = x + params["position"]["table"][np.minimum(np.arange(len(tokens)), last)]
     if config.embed_norm:
         x = norm(config, params["embed_norm"], x)
     for i in range(config.num_layers):
         block = layer(params["blocks"], i)
         x = x + attention(
-            config, block["attention"], norm(config, block["attention_norm"], x), segments
+            config, params, block["attention"], norm(config, block["attention_norm"], x), segments
         )
         x = x + mlp(config, block["mlp"], norm(config, block["mlp_norm"], x))
     x = norm(config, params["final_norm"], x)

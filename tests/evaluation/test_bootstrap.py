@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
+from alibi_jax.evaluation.bootstrap import (
+    document_sums,
+    interval,
+    interval_of_a_length,
+    resamples,
+    wilson,
+)
 
 
 def test_document_sums_add_the_windows_of_a_document():
@@ -76,3 +82,71 @@ def test_totals_that_are_not_finite_have_no_interval(bad):
     counts = resamples(3, 100)
     assert interval(np.array([1.0, bad, 1.0]), np.ones(3), counts) is None
     assert interval(np.ones(3), np.zeros(3), counts) is None
+
+
+@pytest.mark.parametrize(("hits", "trials"), [(0, 10), (10, 10), (0, 3)])
+def test_wilson_of_all_or_none_counts_trials(hits, trials):
+    """The closed form where the rate is 0 or 1: z^2 / (n + z^2) from the end."""
+    bound = 1.959964**2 / (trials + 1.959964**2)
+    low, high = wilson(np.full((trials, 7), hits > 0))
+    expected = (1 - bound, 1) if hits else (0, bound)
+    np.testing.assert_allclose((low, high), expected, atol=1e-12)
+
+
+def test_wilson_equals_the_roots_of_its_quadratic():
+    """It holds the rates p with |rate - p| <= z sqrt(p (1 - p) / n)."""
+    hits = np.zeros((20, 1), bool)
+    hits[:7] = True
+    low, high = wilson(hits)
+    for p in (low, high):
+        # One hit a trial: the spread of the trials says that there are 19 independent ones, and
+        # they are at least the 20 trials.
+        assert (0.35 - p) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / 20, rel=1e-9)
+
+
+def test_wilson_covers_the_truth_where_the_hits_of_a_trial_are_alike():
+    rng = np.random.default_rng(2)
+    covered = naive = independent = 0
+    for _ in range(300):
+        rate = rng.beta(1, 1.5, (20, 1))  # of a trial; 0.4 on average
+        hits = rng.random((20, 8)) < rate
+        low, high = wilson(hits)
+        covered += low <= 0.4 <= high
+        low, high = wilson(hits.reshape(-1, 1))  # as though all hits were independent
+        naive += low <= 0.4 <= high
+        low, high = wilson(rng.random((20, 8)) < 0.4)
+        independent += high - low
+    assert 270 <= covered <= 297
+    assert naive < covered - 30
+    assert independent / 300 < 0.2  # of 160 independent hits it is 0.15
+
+
+def test_interval_of_a_length_finds_it_in_every_resample():
+    rng = np.random.default_rng(3)
+    totals = rng.normal([[2.0], [2.02], [2.04]], 0.05, (3, 8))
+    counts = resamples(8, 300)
+
+    def below_two_percent(drawn):
+        return np.array([64, 128, 256])[(drawn <= 1.02 * drawn[:, :1]).cumprod(axis=1).sum(1) - 1]
+
+    found = []
+    for row in counts:
+        nats = [sum(np.repeat(total, row)) for total in totals]
+        found.append(64 if nats[1] > 1.02 * nats[0] else 128 if nats[2] > 1.02 * nats[0] else 256)
+    low, high = interval_of_a_length(below_two_percent, totals, counts)
+    assert (low, high) == (64, 256)
+    ordered = sorted(found)
+    assert low == ordered[7] and high == ordered[292]  # of 300
+    assert interval_of_a_length(below_two_percent, totals[:, :1], resamples(1, 10)) is None
+
+
+def test_a_document_with_an_infinite_loss_matters_only_where_it_is_drawn():
+    counts = np.array([[2, 0], [1, 1], [0, 2]])
+    seen = []
+
+    def note(drawn):
+        seen.append(drawn)
+        return np.zeros(len(drawn))
+
+    interval_of_a_length(note, np.array([[1.0, np.inf]]), counts)
+    np.testing.assert_array_equal(seen[0][:, 0], [2, np.inf, np.inf])

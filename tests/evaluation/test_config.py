@@ -26,6 +26,9 @@ def test_defaults_are_valid_at_128_tokens():
         ({"num_targets": 129}, "training length, 128"),
         ({"tokens_per_batch": 4095}, "one window of 4096"),
         ({"num_bootstrap": 99}, "at least 100"),
+        ({"num_trials": 0}, "num_trials=0"),
+        ({"overlap": 1}, "overlap=1: must be at least 2"),
+        ({"multiples": (1,), "tokens_per_batch": 127}, "at least the training length, 128"),
     ],
 )
 def test_bad_configs_say_what_to_change(fields, words):

@@ -8,6 +8,10 @@ import numpy as np
 import pytest
 
 from alibi_jax.evaluation import Windows, extrapolation_figure, summarize
+from alibi_jax.evaluation.assess import PROTOCOLS
+from alibi_jax.evaluation.panels import evaluation_figure
+from tests.evaluation.oracles import explodes, scorer, uses
+from tests.evaluation.test_assess import evaluate
 
 
 def summary_of(losses, num_documents=4):
@@ -46,3 +50,21 @@ def test_every_kind_of_result_can_be_drawn(tmp_path, losses, num_documents):
 def test_importing_evaluation_leaves_matplotlib_alone():
     code = "import sys, alibi_jax.evaluation; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    ("losses", "wanted", "shape"),
+    [
+        (uses(64), PROTOCOLS, (920, 1380)),
+        (explodes(64), ("nonoverlapping", "truncation"), (460, 1380)),
+        (uses(64), ("needle",), (460, 460)),
+    ],
+)
+def test_the_evaluation_figure_has_a_panel_for_all_that_was_measured(
+    tmp_path, losses, wanted, shape
+):
+    path = tmp_path / "evaluation.png"
+    evaluation_figure(evaluate(scorer(losses), wanted=wanted), path, title="a title")
+    image = matplotlib.image.imread(path)
+    assert image.shape[:2] == shape
+    assert image[..., :3].std() > 0.05

@@ -1,0 +1,191 @@
+"""`alibi eval`: a run that was trained on eight devices, and whatever else it is given."""
+
+import json
+import random
+import shutil
+
+import pytest
+
+from alibi_jax.cli import main
+from alibi_jax.config import Config, OptimizerConfig, TrainingConfig, from_dict, override
+from alibi_jax.data import DataConfig
+from alibi_jax.errors import UserError
+from alibi_jax.evaluation import EvaluationConfig
+from alibi_jax.evaluation.assess import PROTOCOLS
+from alibi_jax.evaluation.run import check_lengths, parse_lengths, parse_protocols
+from alibi_jax.models import DecoderConfig
+from alibi_jax.run import train_short_test_long
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    rng = random.Random(0)
+    for split, count in (("train", 20), ("valid", 2), ("test", 6)):
+        for number in range(count):
+            text = " ".join(rng.choices(["alibi", "bias", "slope", "key", "query"], k=120))
+            path = folder / "text" / split / f"{number}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    config = Config(
+        model=DecoderConfig(num_layers=1, embed_dim=16, num_heads=2),
+        data=DataConfig(
+            source=f"files:{folder}/text/{{split}}/*.txt",
+            sequence_length=64,
+            batch_size=8,
+            cache_dir=str(folder / "cache"),
+        ),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        training=TrainingConfig(num_steps=20, validate_every=0),
+        evaluation=EvaluationConfig(
+            multiples=(1, 2, 4),
+            num_windows=6,
+            num_targets=16,
+            tokens_per_batch=256,
+            num_bootstrap=100,
+            num_trials=2,
+        ),
+    )
+    outcome = train_short_test_long(config, folder / "run")
+    assert outcome.step == 20 and outcome.summary is not None
+    return folder
+
+
+@pytest.mark.slow
+def test_end_to_end_in_chunks(trained, capsys):
+    directory = trained / "run"
+    before = set(directory.iterdir())
+    arguments = ["eval", f"--workdir={directory}", "--config.evaluation.tokens_per_batch=128"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert set(directory.iterdir()) - before == {
+        directory / "evaluation.json",
+        directory / "evaluation.png",
+    }
+    found = json.loads((directory / "evaluation.json").read_text())
+    assert tuple(found["protocols"]) == PROTOCOLS
+    assert found["train_length"] == 64 and found["step"] == 20
+    assert found["config"]["evaluation"]["tokens_per_batch"] == 128
+    assert found["config"]["model"]["trained_length"] == 64
+    assert found["verdict"]["text"] in " ".join(out.split())
+    assert (directory / "evaluation.png").read_bytes().startswith(b"\x89PNG")
+    # The same numbers as without chunks, on eight devices, right after training.
+    result = json.loads((directory / "extrapolation.json").read_text())
+    for name in ("nonoverlapping", "fixed_targets"):
+        for ours, theirs in zip(found["protocols"][name], result["protocols"][name], strict=True):
+            assert ours["length"] == theirs["length"]
+            assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], rel=1e-5)
+
+
+def tree(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def no_run(folder):
+    pass
+
+
+def damaged(folder):
+    (folder / "config.json").write_text('{"config": {"mod')
+
+
+def foreign(folder):
+    (folder / "config.json").write_text('{"name": "another program"}')
+
+
+def of_a_later_version(folder):
+    record = json.loads((folder / "config.json").read_text())
+    record["config"]["model"]["telepathy"] = True
+    (folder / "config.json").write_text(json.dumps(record))
+
+
+def of_other_text(folder):
+    record = json.loads((folder / "config.json").read_text())
+    record["stream"]["corpus"] = "other"
+    (folder / "config.json").write_text(json.dumps(record))
+
+
+def no_checkpoint(folder):
+    shutil.rmtree(folder / "checkpoints")
+
+
+def damaged_checkpoint(folder):
+    for path in (folder / "checkpoints").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        (damaged, [], "is damaged or not of this program"),
+        (foreign, [], "is damaged or not of this program"),
+        (of_a_later_version, [], "config.model.telepathy is not known to this version"),
+        (of_other_text, [], "holds a run on other text"),
+        (no_checkpoint, [], "holds no checkpoint yet: train it first"),
+        (damaged_checkpoint, [], "can be read"),
+        (no_run, ["--protocols=needles"], "did you mean needle?"),
+        (no_run, ["--lengths=64,x"], "whole numbers of tokens"),
+        (no_run, ["--lengths=100"], "has 100 after 64"),
+        (no_run, ["--config.evaluation.windows=3"], "did you mean config.evaluation.num_windows"),
+        (no_run, ["--config.evaluation.num_trials=0"], "num_trials=0: must be at least 1"),
+        (no_run, ["--config.model.num_layers=2"], "--config.model.num_layers is not known"),
+        (no_run, ["--config.data.source=files:/nowhere/*.txt"], "/nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_ends_in_one_line(trained, tmp_path, capsys, change, flags, words):
+    directory = shutil.copytree(
+        trained / "run", tmp_path / "run", ignore=lambda *_: {"evaluation.json", "evaluation.png"}
+    )
+    change(directory)
+    before = tree(directory)
+    assert main(["eval", f"--workdir={directory}", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
+    assert tree(directory) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("missing", "is not a directory"), ("empty", "holds no run"), ("file", "is not a directory")],
+)
+def test_no_run_at_all(tmp_path, capsys, name, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert main(["eval", f"--workdir={tmp_path / name}"]) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "file"]
+
+
+def test_flags(capsys):
+    assert main(["eval", "--protocols=needle"]) == 2
+    assert "--workdir is missing" in capsys.readouterr().err
+    assert main(["eval", "--help"]) == 0
+    assert "--lengths=N,..." in capsys.readouterr().out
+    assert parse_protocols(None) == PROTOCOLS
+    assert parse_protocols("needle,recall") == ("needle", "recall")
+    assert parse_lengths("128,4096") == (128, 4096)
+
+
+def test_lengths_start_at_the_training_length():
+    config = Config()
+    assert check_lengths(config, None)[:3] == (128, 256, 512)
+    assert check_lengths(config, (1024, 131072)) == (128, 1024, 131072)
+    assert check_lengths(config, (128, 1024)) == (128, 1024)
+    # To 128k tokens, more than are computed at once.
+    far = override(config, {"evaluation.multiples": "1,32,1024"})
+    assert check_lengths(far, None)[-1] == 131072 > far.evaluation.tokens_per_batch
+
+
+def test_a_config_comes_back_from_json():
+    config = override(
+        Config(),
+        {"model.slopes": "0.5,0.25", "evaluation.multiples": "1,4", "data.batch_size": "8"},
+    )
+    assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert from_dict({"model": {"num_layers": 7}}).model.num_layers == 7
+    with pytest.raises(UserError, match=r"config\.model\.num_layers='2': must be an integer"):
+        from_dict({"model": {"num_layers": "2"}})
+    with pytest.raises(UserError, match=r"config\.model is not a section"):
+        from_dict({"model": 3})

@@ -175,7 +175,7 @@ def train(
     saver = checkpoint.Checkpointer(checkpoints, training.keep_checkpoints, config.to_dict())
     with workdir.writing(directory), contextlib.ExitStack() as stack:
         stack.callback(clock.write, directory)
-        stack.callback(saver.close)
+        stack.enter_context(saver)
         stack.callback(batches.close)
         profiler = Profiler(directory / DIRECTORY, profile)
         stack.callback(profiler.close)
@@ -208,6 +208,7 @@ def train(
         wait_for_all()
         with _stop_signal() as stopped, clock.spend("steps"):
             while step < training.num_steps and not vote(stopped()):
+                saver.check()
                 profiler.at(step, state)
                 with clock.spend("input"):
                     batch = to_devices(next(batches), program.batch_sharding, num_rows)

@@ -13,7 +13,7 @@ import tqdm
 
 from alibi_jax.config import Config
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation.compare_summary import Run
+from alibi_jax.evaluation.compare_summary import PROTOCOLS, Run
 from alibi_jax.evaluation.report import write_json
 from alibi_jax.evaluation.run import NUMBERS, evaluate_run
 from alibi_jax.run import completed, train_short_test_long
@@ -49,14 +49,17 @@ def cost(config: Config, vocab_size: int) -> Cost:
 
 
 def recall(directory: Path) -> Run | None:
-    """The run that ended in `directory`; None if none has."""
+    """The run that ended in `directory`; None if none has, or it is to be evaluated again."""
     path = directory / RESULT
     try:
         result = json.loads(path.read_text())
-        if result["status"] == FINISHED:
-            path = directory / NUMBERS
-            return Run(**result, evaluation=json.loads(path.read_text()))
-        return Run(**result, evaluation=None)
+        if result["status"] != FINISHED:
+            return Run(**result, evaluation=None)
+        path = directory / NUMBERS
+        evaluation = json.loads(path.read_text())
+        # `alibi eval` may have evaluated it since, in another way.
+        known = all(name in evaluation["protocols"] for name in PROTOCOLS)
+        return Run(**result, evaluation=evaluation) if known else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:

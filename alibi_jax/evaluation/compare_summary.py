@@ -73,19 +73,11 @@ def summarize(
         "left_out": sorted({line for one in evaluations for line in one["left_out"]}),
         "meanings": MEANINGS,
     }
-    counts, shared = np.zeros((0, 0)), {}
+    counts = np.zeros((0, 0))
     if evaluations:
-        shared = {name: evaluations[0][name] for name in _SHARED}
-        for evaluation in evaluations:
-            require(
-                all(evaluation[name] == value for name, value in shared.items()),
-                "the runs of this --workdir were not evaluated on the same tokens: evaluate them "
-                "all again, or start in a new --workdir",
-            )
-        entries = evaluations[0]["protocols"]["fixed_targets"]
-        summary |= shared | {"lengths": [entry["length"] for entry in entries]}
+        summary |= _shared(evaluations)
         num_bootstrap = evaluations[0]["config"]["evaluation"]["num_bootstrap"]
-        counts = resamples(shared["num_documents"], num_bootstrap)
+        counts = resamples(summary["num_documents"], num_bootstrap)
     scores = {key: _Scores(evaluation) for key, evaluation in finished.items()}
     summary["methods"] = [
         _method(method, reference, seeds, runs, scores, counts) for method in methods
@@ -93,16 +85,22 @@ def summarize(
     return summary
 
 
-# What the evaluations of all runs must have in common.
-_SHARED = (
-    "train_length",
-    "num_windows",
-    "num_documents",
-    "unit",
-    "num_targets",
-    "bytes_per_token",
-    "windows_per_document",
-)
+def _shared(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What all evaluations have in common; raises UserError if they are not of the same tokens."""
+    names = ["train_length", "num_windows", "num_documents", "unit", "num_targets"]
+    names += ["bytes_per_token", "windows_per_document"]
+
+    def of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+        lengths = [entry["length"] for entry in evaluation["protocols"]["fixed_targets"]]
+        return {"lengths": lengths} | {name: evaluation[name] for name in names}
+
+    first, *others = map(of, evaluations)
+    require(
+        all(other == first for other in others),
+        "the runs of this --workdir were not evaluated on the same tokens: remove the result.json "
+        "of each, and the same command evaluates them again",
+    )
+    return first
 
 
 class _Scores:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,6 +323,20 @@ def test_a_finished_comparison_is_only_read(command, undisturbed):
     out, _ = command.run(workdir)
     assert before == {path: path.stat().st_mtime_ns for path in workdir.glob("*/seed-*/**/*")}
     assert out.endswith(undisturbed[1][-200:]) and "finished\n" not in out
+
+
+@pytest.mark.slow
+def test_a_run_evaluated_in_another_way_is_evaluated_again(command, undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed[0], tmp_path / "copy")
+    path = workdir / "alibi" / "seed-1" / "evaluation.json"
+    before = path.read_bytes()
+    evaluation = json.loads(before)
+    del evaluation["protocols"]["nonoverlapping"]
+    path.write_text(json.dumps(evaluation))
+    out, _ = command.run(workdir)
+    assert out.count("finished\n") == 1 and "alibi seed 1 (7/8): finished\n" in out
+    assert path.read_bytes() == before
+    assert numbers(workdir) == numbers(undisturbed[0])
 
 
 @pytest.mark.slow

@@ -20,11 +20,11 @@ TEXT = np.random.default_rng(0).gamma(3, size=(10, 64)).astype(np.float32)
 DOCUMENT = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5, 5])
 
 
-def run(levels, *, documents=DOCUMENT, seconds=0.1):
+def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1):
     """A finished run whose loss at each length is the text's own plus a level."""
     windows = Windows(np.zeros((10, 65), np.int32), documents, "document")
     losses = {
-        length: TEXT + np.float32(level) for length, level in zip(LENGTHS, levels, strict=True)
+        length: TEXT + np.float32(level) for length, level in zip(lengths, levels, strict=True)
     }
     evaluation = summarize_run(
         losses, windows, train_length=16, num_targets=8, bytes_per_token=2.0, num_bootstrap=200
@@ -132,8 +132,9 @@ def test_only_seeds_that_both_finished_are_paired():
     assert "better seed 2 diverged (loss is nan at step 3)" in text
 
 
-def test_runs_on_other_tokens_are_refused():
-    runs = planted() | {("better", 2): run([0, 0, 0], documents=np.arange(10))}
+@pytest.mark.parametrize("other", [{"documents": np.arange(10)}, {"lengths": (16, 64)}])
+def test_runs_on_other_tokens_are_refused(other):
+    runs = planted() | {("better", 2): run([0] * len(other.get("lengths", LENGTHS)), **other)}
     with pytest.raises(UserError, match="were not evaluated on the same tokens"):
         summarize(METHODS, (0, 1, 2), runs)
 

@@ -16,6 +16,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "compare": Command("alibi_jax.evaluation.compare", "train position methods side by side"),
     "eval": Command("alibi_jax.evaluation.run", "what longer inputs buy a trained model"),
     "plan": Command("alibi_jax.plan", "memory, FLOPs and step time of a run on a TPU slice"),
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import tqdm
 
 from alibi_jax import data, distributed, evaluation
 from alibi_jax.config import Config
@@ -22,7 +23,8 @@ class Outcome(NamedTuple):
     """What became of a run."""
 
     step: int  # optimizer steps taken
-    summary: dict[str, Any] | None  # of extrapolation.json; None: stopped by a signal, all saved
+    complete: bool  # False: stopped by a signal, with all saved
+    summary: dict[str, Any] | None  # of extrapolation.json, if it is complete and was tested
     spent: dict[str, Any]  # of goodput.json
 
 
@@ -31,6 +33,8 @@ def train_short_test_long(
     directory: Path,
     *,
     profile: str | None = None,
+    bar: tqdm.tqdm | None = None,
+    test_long: bool = True,
     say: Callable[[str], object] = lambda text: None,
 ) -> Outcome:
     """Trains, evaluates beyond the training length and writes `extrapolation.json` and `.png`.
@@ -42,6 +46,8 @@ def train_short_test_long(
       config: the run's.
       directory: the run's, made if it does not exist.
       profile: "START:STOP", the steps to trace; None: none.
+      bar: counts the steps of several runs; None: one of this run's own is shown.
+      test_long: False: only trains.
       say: called with what was left out and what the run resolved to, for a person to read.
 
     Returns:
@@ -87,10 +93,10 @@ def train_short_test_long(
         say(resolved(config, corpus, mesh, program))
         distributed.wait_for_all()
         state, complete = loop.train(
-            config, corpus, program, directory, clock=clock, profile=traced
+            config, corpus, program, directory, clock=clock, profile=traced, bar=bar
         )
-        if not complete:
-            return Outcome(int(state.step), None, clock.record())
+        if not complete or not test_long:
+            return Outcome(int(state.step), complete, None, clock.record())
 
         # Test long.
         windows = evaluation.longest_windows(
@@ -128,7 +134,7 @@ def train_short_test_long(
                 evaluation.write_json(summary, directory / "extrapolation.json")
                 evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
         with workdir.writing(directory):
-            return Outcome(int(state.step), summary, clock.write(directory))
+            return Outcome(int(state.step), True, summary, clock.write(directory))
 
 
 def completed(config: Config, vocab_size: int) -> Config:

@@ -167,6 +167,7 @@ def assess(
         "left_out": left_out,
         "num_windows": len(windows.tokens),
         "num_documents": setting.num_documents,
+        "windows_per_document": windows.per_document,
         "unit": windows.unit,
         "num_targets": config.num_targets,
         "bytes_per_token": per_token,

@@ -61,6 +61,7 @@ def summarize(
         ),
         "num_windows": len(windows.tokens),
         "num_documents": num_documents,
+        "windows_per_document": windows.per_document,
         "unit": windows.unit,
         "num_tokens": windows.tokens[:, 1:].size,
         "num_targets": num_targets,
@@ -102,6 +103,7 @@ def compared(
             "change_interval": interval(change, tokens, counts),
             "relative_change": ratio(change, base),
             "relative_change_interval": interval(change, base, counts),
+            "document_nats": [finite(nats) for nats in total],
         }
 
     # A model beyond its length may well return infinities; they become None.
@@ -118,8 +120,12 @@ def by_length(losses: Mapping[int, np.ndarray], *args: Any, **kwargs: Any) -> li
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | None:
     """Ratio of two totals; None if it is not finite."""
     total = float(denominator.sum())
-    ratio = float(numerator.sum()) / total if total else math.nan
-    return ratio if math.isfinite(ratio) else None
+    return finite(float(numerator.sum()) / total if total else math.nan)
+
+
+def finite(value: float) -> float | None:
+    """The value as JSON holds it: None if it is not finite."""
+    return float(value) if math.isfinite(value) else None
 
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:

@@ -17,6 +17,7 @@ class Level(TypedDict):
     change_interval: list[float] | None  # 95%, paired
     relative_change: float | None  # as a fraction of the other loss
     relative_change_interval: list[float] | None  # 95%, paired
+    document_nats: list[float | None]  # total of each document, from which runs can be compared
 
 
 class Entry(Level):

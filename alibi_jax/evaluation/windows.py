@@ -42,6 +42,11 @@ class Windows:
         """Number of tokens that are scored."""
         return self.tokens[:, 1:].size
 
+    @property
+    def per_document(self) -> list[int]:
+        """Number of windows of each document, in the order of `bootstrap.document_sums`."""
+        return np.unique(self.document, return_counts=True)[1].tolist()
+
 
 def supported_lengths(
     split: TokenizedDocuments, lengths: Sequence[int], packing: str

@@ -36,11 +36,13 @@ class Logs:
         validation_bytes_per_token: float,
         clock: Clock,
         peak_seconds: float | None = None,
+        bar: tqdm.tqdm | None = None,
     ):
         """Continues the logs of `workdir` after step `start`; later entries are dropped.
 
         `clock` gives the time of steps. `peak_seconds` is what one takes at the peak of the
-        devices, for MFU; None: not known, and MFU is left out.
+        devices, for MFU; None: not known, and MFU is left out. `bar` counts the steps of several
+        runs and stays open; None: a bar of this run's own.
         """
         writes = is_main()
         self._file, self._events = workdir / self.METRICS, Path()
@@ -48,14 +50,19 @@ class Logs:
         if writes:
             kept = _truncate(self._file, start)
             self._events = events.begin(workdir / "tensorboard", start)
-        self._bar = tqdm.tqdm(
-            total=num_steps,
-            initial=start,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not writes,
-        )
+        self._owns_bar = bar is None
+        if bar is None:
+            bar = tqdm.tqdm(
+                total=num_steps,
+                initial=start,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                disable=not writes,
+            )
+        else:  # steps of earlier sessions took no time now
+            bar.n, bar.initial = bar.n + start, bar.initial + start
+        self._bar = bar
         self._train_bits = 1.0 / (math.log(2.0) * bytes_per_token)  # per byte, of a nat per token
         self._validation_bits = 1.0 / (math.log(2.0) * validation_bytes_per_token)
         self._clock, self._peak_seconds = clock, peak_seconds
@@ -105,8 +112,9 @@ class Logs:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Ends the bar."""
-        self._bar.close()
+        """Ends a bar of its own."""
+        if self._owns_bar:
+            self._bar.close()
 
     def _begin_interval(self) -> None:
         self._step_seconds, self._seconds, self._tokens = array.array("d"), 0.0, 0.0

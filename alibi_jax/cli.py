@@ -16,6 +16,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "report": Command("alibi_jax.evaluation.html", "one HTML page about runs and comparisons"),
     "plan": Command("alibi_jax.plan", "memory, FLOPs and step time of a run on a TPU slice"),
 }
 

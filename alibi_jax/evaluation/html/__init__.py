@@ -15,9 +15,10 @@ from pathlib import Path
 
 from alibi_jax.cli import parse_flags
 from alibi_jax.errors import UserError, require
-from alibi_jax.evaluation.html import details, sections
+from alibi_jax.evaluation.html import details, losses
 from alibi_jax.evaluation.html.read import Comparison, Run, read
 from alibi_jax.evaluation.html.tags import Html, join, tag
+from alibi_jax.evaluation.html.verdicts import verdicts
 from alibi_jax.files import write_text
 
 # Nothing may be fetched or run, whatever a config or a name holds.
@@ -71,19 +72,19 @@ def page(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Html:
         A document that needs nothing beside it.
     """
     everything = [*runs, *(run for comparison in comparisons for run in comparison.runs)]
-    style = sections.styles(runs, comparisons)
+    style = losses.styles(runs, comparisons)
     of_seeds = [part for c in comparisons if (part := details.seeds(c)) is not None]
     parts = {
-        "Verdict": sections.verdicts(runs, comparisons),
-        "Loss beyond the training length": sections.losses(
-            sections.series_of(runs, comparisons, style)
+        "Verdict": verdicts(runs, comparisons),
+        "Loss beyond the training length": losses.losses(
+            losses.series_of(runs, comparisons, style)
         ),
         "Seeds": join(of_seeds) if of_seeds else None,
-        "Loss by position": sections.positions(everything, style),
-        "Where more context stops helping": sections.truncation(everything, style),
+        "Loss by position": losses.positions(everything, style),
+        "Where more context stops helping": losses.truncation(everything, style),
         "Retrieval": details.retrieval(everything, style),
         "Attention by distance": details.attention(everything),
-        "Training": sections.training(everything, style),
+        "Training": losses.training(everything, style),
         "Cost": details.cost(runs, comparisons),
         "Settings": details.configs(details.configs_of(runs, comparisons)),
         "Versions": details.versions(runs, comparisons),

@@ -247,7 +247,7 @@ def _guides(
     if guides.horizontal is not None:
         value, name = guides.horizontal
         parts.append(_segment(_LEFT, to_y(value), _WIDTH - _RIGHT, to_y(value), "guide"))
-        parts.append(_label(name, _WIDTH - _RIGHT, to_y(value) - 4, "end"))
+        parts.append(_label(name, _WIDTH - _RIGHT, to_y(value) + 13, "end"))
     return parts
 
 

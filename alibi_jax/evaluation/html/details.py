@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alibi_jax.evaluation.html.chart import Axis, Guides, Line, chart, legend
-from alibi_jax.evaluation.html.read import Comparison, Run
-from alibi_jax.evaluation.html.sections import (
+from alibi_jax.evaluation.html.losses import (
     MISSING,
     bounds,
     number,
@@ -16,6 +15,7 @@ from alibi_jax.evaluation.html.sections import (
     small,
     tokens,
 )
+from alibi_jax.evaluation.html.read import Comparison, Run
 from alibi_jax.evaluation.html.tags import Cell, Html, join, lines, table, tag
 
 
@@ -109,8 +109,8 @@ def _recall_table(recalls: Sequence[tuple[Run, Mapping[str, Any]]]) -> Html:
 
 
 def _accuracy(entry: Mapping[str, Any], chance: float) -> Cell:
-    """An accuracy, shaded by how far it is above chance."""
-    above = max(0.0, (entry["accuracy"] - chance) / (1 - chance))
+    """An accuracy, shaded by how far it is above chance, if it surely is."""
+    above = (entry["accuracy"] - chance) / (1 - chance) if entry["interval"][0] > chance else 0.0
     percent = "{:.0%}".format
     content = lines(percent(entry["accuracy"]), small(bounds(entry["interval"], percent)))
     return Cell(content, f"heat{math.ceil(4 * above)}")

@@ -106,7 +106,7 @@ def _run(directory: Path, name: str, group: str) -> Run:
     metrics = _metrics(directory / METRICS)
     absent = {
         f"{EVALUATION} (made by `alibi eval`)": EVALUATION not in found,
-        f"{EXTRAPOLATION} (made at the end of training)": EXTRAPOLATION not in found,
+        f"{EXTRAPOLATION} (made at the end of training)": evaluation is None,
         CONFIG: CONFIG not in found,
         METRICS: not metrics,
     }

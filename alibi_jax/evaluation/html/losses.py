@@ -1,4 +1,4 @@
-"""The sections of a report on losses: verdicts, lengths, positions, truncation, training."""
+"""The sections of a report on losses: lengths, positions, truncation, training."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +12,6 @@ NAMES = {
     "fixed_targets": "fixed targets",
     "nonoverlapping": "nonoverlapping windows",
     "sliding_window": "sliding window",
-    "truncation": "truncation",
-    "needle": "needle",
 }
 EXPLAINED = {
     "fixed_targets": "The same tokens, the last of every window, after contexts of each length. "
@@ -68,90 +66,6 @@ def series_of(
     return found
 
 
-def verdicts(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Html:
-    """What a person who deploys a model wants to know first."""
-    cards = [_card(run) for run in runs]
-    return join([*(_findings(c) for c in comparisons), tag("div", *cards, class_="cards")])
-
-
-def _card(run: Run) -> Html:
-    heading = tag("h3", run.name)
-    about = []
-    if run.config:
-        about.append(run.config["model"]["position"])
-    if run.evaluation is None:
-        return tag(
-            "article",
-            heading,
-            tag("p", *about, class_="about"),
-            tag("p", "Not evaluated yet: training goes on, or was stopped before its end."),
-            class_="card",
-        )
-    verdict = run.evaluation["verdict"]
-    about.append(f"trained at {run.evaluation['train_length']} tokens")
-    findings = [
-        tag("div", tag("dt", label), _length(verdict, name))
-        for name, label in (
-            ("holds_to", "holds to"),
-            ("uses_context_to", "uses context to"),
-            ("retrieves_to", "retrieves to"),
-        )
-    ]
-    parts = [
-        heading,
-        tag("p", ", ".join(about), class_="about"),
-        tag("dl", *findings),
-        tag("p", verdict["text"]),
-    ]
-    if verdict.get("details"):
-        parts.append(tag("p", verdict["details"]))
-    if verdict.get("warning"):
-        parts.append(tag("p", tag("strong", "Warning: "), verdict["warning"], class_="warning"))
-    return tag("article", *parts, class_="card")
-
-
-def _length(verdict: Mapping[str, Any], name: str) -> Html:
-    """A length of the verdict, with its interval and its protocol in small print."""
-    value, interval = verdict.get(name), verdict.get(f"{name}_interval")
-    if value is None:
-        return tag("dd", MISSING, class_="unknown")
-    protocol = verdict.get(f"{name}_protocol", "fixed_targets")
-    how = lines(
-        f"[{interval[0]:,}, {interval[1]:,}]" if interval else "", NAMES.get(protocol, protocol)
-    )
-    return tag("dd", f"{value:,} tokens" if value else "no length", tag("small", how))
-
-
-def _findings(comparison: Comparison) -> Html:
-    """The methods of a comparison: what holds, and what is missing."""
-    numbers = comparison.numbers
-    seeds = len(numbers["seeds"])
-    parts = [tag("h3", comparison.name)]
-    if numbers.get("missing"):
-        names = ", ".join(f"{run['method']} seed {run['seed']}" for run in numbers["missing"])
-        partial = f"{len(numbers['missing'])} of {numbers['num_runs']} runs are missing: {names}."
-        parts.append(tag("p", tag("strong", "Partial: "), partial, class_="warning"))
-    for method in numbers["methods"]:
-        for run in method["runs"]:
-            if run["status"] != "finished":
-                what = f"{method['name']} seed {run['seed']} {run['status']}: {run['message']}"
-                parts.append(tag("p", tag("strong", "Not finished: "), what, class_="warning"))
-    rows = []
-    for method in numbers["methods"]:
-        finished = sum(run["status"] == "finished" for run in method["runs"])
-        verdict = method["verdict"]
-        rows.append(
-            [
-                method["name"],
-                f"{finished} of {seeds}",
-                f"{verdict['holds_to']:,}" if verdict else "no run has finished",
-                Cell(verdict["text"] if verdict else "", "prose"),
-            ]
-        )
-    header = ["method", "seeds", "holds to (tokens)", Cell("verdict, on fixed targets", "prose")]
-    return join([*parts, table(f"Verdicts of {comparison.name}", header, rows)])
-
-
 def losses(series: Sequence[Series]) -> Html | None:
     """The loss at each length, by protocol: curves, then numbers."""
     named = [name for name in EXPLAINED if any(s.protocols.get(name) for s in series)]
@@ -184,7 +98,13 @@ def losses(series: Sequence[Series]) -> Html | None:
         for name in named
         for part in (tag("h3", NAMES[name]), tag("p", EXPLAINED[name]), _loss_table(series, name))
     ]
-    note = tag("p", small("Shading is the 95% interval, cut off where it leaves the figure."))
+    note = tag(
+        "p",
+        small(
+            "Shading is the 95% interval, over documents for a run and over seeds for a method of "
+            "a comparison, cut off where it leaves the figure."
+        ),
+    )
     return join([tag("div", *charts, class_="charts"), legend(everything), note, *tables])
 
 
@@ -345,7 +265,7 @@ def truncation(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
             "p",
             "The loss on fixed targets with every key at a distance of W or more masked in all "
             "layers, against no mask (the last column). Where the curve reaches zero, more "
-            "context stops helping.",
+            "context stops helping; where it is below, context beyond W does harm.",
         )
     ]
     if _known_limits(curves):

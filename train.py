@@ -12,120 +12,33 @@ SLURM and Open MPI tell the processes apart; elsewhere add, to each, --distribut
 --distributed.num_processes=N --distributed.coordinator_address=HOST:PORT (a port of process 0).
 """
 
-import dataclasses
 import signal
 import sys
 from pathlib import Path
 
 import jax
 
-from alibi_jax import data, distributed, evaluation
+from alibi_jax import distributed, evaluation
 from alibi_jax.cli import parse_flags
 from alibi_jax.config import Config, describe, load_config
 from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
-from alibi_jax.sharding import make_mesh, to_devices, to_host
-from alibi_jax.training import compilation_cache, goodput, loop, profiling, workdir
-from alibi_jax.training.resolved import resolved
+from alibi_jax.run import train_short_test_long
+from alibi_jax.training import goodput, loop
 
 
 def run(config: Config, directory: Path, profile: str | None) -> None:
     """Trains and evaluates; everything that can be wrong is checked before anything is trained."""
-    # Check.
-    clock = goodput.Clock()
-    config.validate(jax.device_count())
-    traced = profiling.NEVER
-    if profile is not None:
-        traced = profiling.parse_steps(profile, config.training.num_steps)
-    workdir.check_usable(directory)
-    corpus = distributed.main_first(lambda: data.load_corpus(config.data))
-    config = with_vocabulary(config, corpus.tokenizer.vocab_size)
-    held_out = getattr(corpus, config.evaluation.split)
-    lengths, note = evaluation.supported_lengths(
-        held_out,
-        config.evaluation.lengths(config.data.sequence_length),
-        config.data.packing,
-    )
-    if note:
-        print_once(note)
-    loop.check_data(config, corpus)
-    stream = data.stream_identity(
-        fingerprint=corpus.fingerprint,
-        sequence_length=config.data.sequence_length,
-        batch_size=config.data.batch_size,
-        seed=config.training.seed,
-        packing=config.data.packing,
-    )
-
-    mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh), workdir.locked(directory):
-        workdir.claim(directory, config, stream)
-        # Train short.
-        compilation_cache.use(directory)
-        with clock.spend("compile"):
-            program = loop.compile_program(config, mesh)
-        print_once(resolved(config, corpus, mesh, program))
-        distributed.wait_for_all()
-        state, complete = loop.train(
-            config, corpus, program, directory, clock=clock, profile=traced
-        )
-        if not complete:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
-            print_once(goodput.table(clock.record()))
-            print_once(f"stopped at step {state.step}, saved; the same command goes on from there")
-            return
-
-        # Test long.
-        windows = evaluation.longest_windows(
-            held_out,
-            longest=lengths[-1],
-            num_windows=config.evaluation.num_windows,
-            packing=config.data.packing,
-        )
-        with clock.spend("evaluation"):
-            losses = evaluation.evaluate(
-                lambda tokens: to_host(
-                    program.loss_fn(
-                        state.params, to_devices(tokens, program.batch_sharding, len(tokens))
-                    )
-                ),
-                windows,
-                lengths,
-                tokens_per_batch=config.evaluation.tokens_per_batch,
-                batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
-            )
-
-    # Report.
-    if not distributed.is_main():
+    outcome = train_short_test_long(config, directory, profile=profile, say=print_once)
+    if outcome.summary is None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
+        print_once(goodput.table(outcome.spent))
+        print_once(f"stopped at step {outcome.step}, saved; the same command goes on from there")
         return
-    summary = evaluation.summarize(
-        losses,
-        windows,
-        train_length=config.data.sequence_length,
-        num_targets=config.evaluation.num_targets,
-        bytes_per_token=evaluation.bytes_per_token(windows, corpus.tokenizer.decode),
-        num_bootstrap=config.evaluation.num_bootstrap,
-    )
-    summary |= {"config": config.to_dict(), "versions": evaluation.versions()}
-    title = f"{config.model.position}, trained at {config.data.sequence_length} tokens"
-    with workdir.writing(directory):
-        evaluation.write_json(summary, directory / "extrapolation.json")
-        evaluation.extrapolation_figure(summary, directory / "extrapolation.png", title)
-        spent = clock.write(directory)
-    print(f"{goodput.table(spent)}\n")
-    print(evaluation.table(summary))
-    print(f"\nfigure {directory / 'extrapolation.png'}, numbers {directory / 'extrapolation.json'}")
-
-
-def with_vocabulary(config: Config, size: int) -> Config:
-    """The config with the tokenizer's vocabulary size, or a larger one that was asked for."""
-    given = config.model.vocab_size
-    require(
-        given is None or given >= size,
-        f"config.model.vocab_size={given} is less than the tokenizer's {size}: leave it out",
-    )
-    model = dataclasses.replace(config.model, vocab_size=given or size)
-    return dataclasses.replace(config, model=model)
+    print_once(f"{goodput.table(outcome.spent)}\n")
+    print_once(evaluation.table(outcome.summary))
+    figure, numbers = (directory / f"extrapolation.{suffix}" for suffix in ("png", "json"))
+    print_once(f"\nfigure {figure}, numbers {numbers}")
 
 
 FLAGS = ("--config", "--workdir", "--profile", "--config.", "--distributed.")

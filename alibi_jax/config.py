@@ -35,7 +35,7 @@ class OptimizerConfig:
     beta1: float = 0.9  # decay of the mean of gradients; the momentum of nag
     beta2: float = 0.95  # adamw: decay of the mean of squared gradients
     epsilon: float = 1e-8  # adamw: added to the denominator
-    weight_decay: float = 0.1  # decoupled; never on norms and biases
+    weight_decay: float = 0.1  # decoupled; never on norms, biases and positions
     clip_norm: float = 1.0  # largest global norm of the gradient
 
     def validate(self) -> None:
@@ -142,6 +142,12 @@ class Config:
             f"config.training.num_steps={self.training.num_steps}: warm up for at most as many",
         )
 
+    def with_trained_length(self) -> "Config":
+        """The config whose model knows the length that it is trained at."""
+        length = self.model.trained_length or self.data.sequence_length
+        model = dataclasses.replace(self.model, trained_length=length)
+        return dataclasses.replace(self, model=model)
+
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
         return dataclasses.asdict(self)
@@ -187,8 +193,34 @@ def load_config(path: str, overrides: dict[str, str]) -> Config:
         "alibi_jax.config.Config",
     )
     _check_types(config, "config")
+    return override(config, overrides)
+
+
+def override(config: Config, overrides: dict[str, str]) -> Config:
+    """The config with fields set, such as {"model.num_layers": "2"}; UserError if one cannot be."""
     for name, text in overrides.items():
         config = _override(config, name.split("."), text, "config")
+    return config
+
+
+def from_dict(values: dict[str, Any], section: type = Config, prefix: str = "config") -> Any:
+    """The config that `Config.to_dict` gave, also after JSON; fields that are missing get defaults.
+
+    Raises:
+      UserError: a field is not known, as in a run of a later version, or has a wrong type.
+    """
+    annotations = typing.get_type_hints(section)
+    fields: dict[str, Any] = {}
+    for name, value in values.items():
+        where = f"{prefix}.{name}"
+        require(name in annotations, f"{where} is not known to this version of alibi_jax")
+        if dataclasses.is_dataclass(annotations[name]):
+            require(isinstance(value, dict), f"{where} is not a section")
+            fields[name] = from_dict(value, annotations[name], where)
+        else:
+            fields[name] = tuple(value) if isinstance(value, list) else value
+    config = section(**fields)
+    _check_types(config, prefix)
     return config
 
 

@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
@@ -62,6 +63,7 @@ def initialize(flags: dict[str, str]) -> None:
     Raises:
       UserError: the flags do not make sense, or the coordinator's port is taken.
     """
+    _quiet_libtpu()
     given = _parse(flags)
     if not given and not _in_cluster():
         return
@@ -186,12 +188,15 @@ def end(code: int, line: str) -> int:
         print(line, file=sys.stderr)
         return code
     _ending.acquire()
-    try:
-        client.key_value_set(f"{_FAILURE}/code", str(code))
-    except jax.errors.JaxRuntimeError:  # another was first, or the coordinator is gone
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            code, line = int(client.key_value_try_get(f"{_FAILURE}/code")), ""
-    _leave(code, line)
+    ours = f"{code} {jax_distributed.global_state.process_id}"
+    # Refused if another was first; it may also fail although it was done, or for want of a
+    # coordinator: what is there then says who prints.
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        client.key_value_set(f"{_FAILURE}/first", ours)
+    first = ours
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        first = client.key_value_try_get(f"{_FAILURE}/first")
+    _leave(int(first.split()[0]), line if first == ours else "")
 
 
 def finish() -> None:
@@ -201,6 +206,14 @@ def finish() -> None:
     from_main(lambda: None)  # which may be writing its report
     _finished.set()
     jax.distributed.shutdown()
+
+
+def _quiet_libtpu() -> None:
+    """Keeps libtpu (extra `tpu`) from complaining where there is no TPU that it could open."""
+    devices = Path("/dev")
+    if not any(itertools.chain(devices.glob("accel*"), devices.glob("vfio/*"))):
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 
 def _client() -> Any:
@@ -281,7 +294,7 @@ def _watch() -> None:
             failures, line = [("", str(PEER_LOST))], _LOST
         if failures and not _finished.is_set():
             _ending.acquire()
-            _leave(int(failures[0][1]), line)
+            _leave(int(failures[0][1].split()[0]), line)
 
 
 def _leave(code: int, line: str) -> NoReturn:

@@ -169,7 +169,7 @@ def plan(config: Config, topology: Topology, log: Log = lambda text: None) -> Pl
       UserError: libtpu is missing or has no such slice, or the config cannot run on it.
     """
     devices = slice_devices(topology)
-    config = with_vocabulary(config)
+    config = with_vocabulary(config).with_trained_length()
     config.validate(len(devices))
     mesh = make_mesh(config.mesh, devices)
     step, graphdef, params = compile_step(config, topology, mesh, log)

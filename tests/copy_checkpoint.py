@@ -30,7 +30,6 @@ with jax.set_mesh(mesh):
     _, abstract = abstract_state(config.model, optimizer, config.training.seed, mesh)
     restored = checkpoint.restore(Path(flags["from"]), abstract)
     assert restored is not None and not restored.unreadable
-    saver = checkpoint.Checkpointer(Path(flags["to"]), 1)
-    saver.save(restored.step, restored.state, restored.position)
-    saver.close()
+    with checkpoint.Checkpointer(Path(flags["to"]), 1) as saver:
+        saver.save(restored.step, restored.state, restored.position)
 distributed.finish()

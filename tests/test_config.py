@@ -128,7 +128,7 @@ WRONG = [
     ("model.gated_mlp", "yes", "must be true or false$"),
     ("model.clip_qkv", "eight", "must be a number or none$"),
     ("model.qk_norm", "half", "qk_norm=half: must be one of full, per_head or none$"),
-    ("model.position", "rope", "must be one of alibi, sinusoidal, none$"),
+    ("model.position", "rope", "must be one of alibi, sinusoidal, .*, forgetting$"),
     ("data.packing", "none", "must be one of documents, stream$"),
     ("evaluation.split", "train", "must be one of valid, test$"),
     ("evaluation.multiples", "1,2.5", "must be integers with commas between$"),

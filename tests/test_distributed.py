@@ -1,10 +1,16 @@
 """Which process this is; what several do together is in test_multiprocess.py."""
 
+import importlib.util
+import os
 import socket
+import subprocess
+import sys
+import threading
 
 import jax
 import numpy as np
 import pytest
+from jax._src import distributed as jax_distributed
 
 from alibi_jax import distributed
 from alibi_jax.errors import UserError
@@ -27,6 +33,20 @@ def test_alone(monkeypatch):
     assert distributed.any_process(True) and not distributed.any_process(False)
     distributed.wait_for_all()
     distributed.finish()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_libtpu_is_quiet_without_a_tpu():
+    program = "from alibi_jax import distributed; distributed.initialize({}); import jax; "
+    program += "print(jax.devices()[0].platform)"
+    unset = ("JAX_PLATFORMS", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    environment["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # another test may have loaded it
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    if done.stdout.strip() == "cpu":
+        assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -64,6 +84,36 @@ def test_taken_port():
         }
         with pytest.raises(UserError, match=r"the port cannot be used .*in use.*choose another"):
             distributed.initialize(flags)
+
+
+@pytest.mark.parametrize(
+    ("there", "works", "ends"),
+    [
+        ({}, True, (2, "ours")),
+        ({}, False, (2, "ours")),  # the service is gone
+        ({"alibi_jax/failure/first": "1 0"}, True, (1, "")),
+        ({"alibi_jax/failure/first": "2 3"}, False, (2, "ours")),  # set, though it seemed to fail
+    ],
+)
+def test_one_process_of_all_says_why(monkeypatch, there, works, ends):
+    class Client:
+        def key_value_set(self, key, value):
+            if key in there or not works:
+                raise jax.errors.JaxRuntimeError("refused")
+            there[key] = value
+
+        def key_value_try_get(self, key):
+            if key not in there:
+                raise jax.errors.JaxRuntimeError("gone")
+            return there[key]
+
+    left = []
+    monkeypatch.setattr(distributed, "_client", Client)
+    monkeypatch.setattr(distributed, "_ending", threading.Lock())
+    monkeypatch.setattr(distributed, "_leave", lambda *arguments: left.append(arguments))
+    monkeypatch.setattr(jax_distributed.global_state, "process_id", 3)
+    distributed.end(2, "ours")
+    assert left == [ends]
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])

@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -24,6 +25,8 @@ from alibi_jax.sharding import MeshConfig, make_mesh
 from alibi_jax.training import checkpoint
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
+from alibi_jax.training.workdir import checkpoint_steps
+from tests.disks import disk as disk
 from tests.test_train import CONFIG, last_step, load_train, metrics
 
 pytestmark = pytest.mark.slow
@@ -259,6 +262,41 @@ def test_another_run_ends_all_with_one_line(folder, alone):
     assert outs == ["", ""]
 
 
+def the_error(codes, errs):
+    """The line with which all of them end, as soon as they see it, with the same code."""
+    assert codes == [2, 2], errs
+    # The progress bar of process 0 may be left without the end of its line.
+    (line,) = [x for x in "\n".join(errs).splitlines() if x.startswith("error: ")]
+    assert "cannot write" in line and "free some space" in line
+    return line
+
+
+def test_full_disk(folder, alone, disk):
+    """A real one, with room for a few checkpoints; with more room one process goes on."""
+    disk.mount("size=512k")
+    workdir = disk.path / "run"
+    with Processes(folder, 2, workdir, "--config.training.keep_checkpoints=9") as processes:
+        codes, _, errs = processes.wait()
+    the_error(codes, errs)
+    assert checkpoint_steps(workdir / "checkpoints")
+    disk.mount("remount,size=16m")
+    assert load_train().main([f"--config={folder / 'config.py'}", f"--workdir={workdir}"]) == 0
+    same_curve(workdir, alone)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_full_disk_of_one_process(folder, tmp_path, index):
+    """The other waits for its part of a checkpoint; a limit on the size of files stands for it."""
+    shards = ("--config.mesh.data=1", "--config.mesh.fsdp=2")
+    with Processes(folder, 2, tmp_path, *shards) as processes:
+        wait_for_step(processes, tmp_path, 1)
+        resource.prlimit(processes.processes[index].pid, resource.RLIMIT_FSIZE, (0, 0))
+        codes, _, errs = processes.wait()  # less than Orbax waits
+    line = the_error(codes, errs)
+    assert line in errs[index]
+    assert index == 0 or "cannot write a checkpoint" in line
+
+
 def test_killed_and_resumed(folder, pair, tmp_path):
     """The same bits in the end, wherever a random process was killed.
 
@@ -290,8 +328,8 @@ def test_killed_and_resumed(folder, pair, tmp_path):
             line = err.strip().splitlines()[-1]
             assert line.startswith("error: ") and "process of this run was lost" in line
             assert "start all processes again with the same command" in line
-        steps = [int(p.name) for p in workdir.glob("checkpoints/*") if p.name.isdecimal()]
-        if damaged is None and len(steps) == 2:
+        steps = checkpoint_steps(workdir / "checkpoints")
+        if damaged is None and len(steps) >= 2:
             damaged = max(steps)
             for path in (workdir / "checkpoints" / str(damaged)).rglob("*"):
                 if path.is_file():

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from alibi_jax.config import load_config
+from alibi_jax.run import completed
 from alibi_jax.sharding import MeshConfig, make_mesh
 from alibi_jax.training import checkpoint, goodput
 from alibi_jax.training.optimizer import make_optimizer
@@ -392,7 +393,7 @@ VALUES = [
     ("model.slopes=1,2,3", "config.model.slopes has 3 values for num_heads=2: give one a head"),
     ("model.slopes=1,-2", "finite numbers, at least 0"),
     ("model.remat=true", "must be one of none, dots, full"),
-    ("model.position=rope", "must be one of alibi, sinusoidal, none"),
+    ("model.position=rope", "must be one of alibi, sinusoidal, learned"),
     ("model.bias_max=0", "config.model.bias_max=0.0: a finite number above 0"),
     ("model.vocab_size=10", "config.model.vocab_size=10 is less than the tokenizer's 257"),
     ("model.num_lay=1", "did you mean config.model.num_layers?"),
@@ -567,14 +568,14 @@ def test_training_text_too_short(command, train, capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def record(command, train):
+def record(command):
     """config.json of a run of the command's config."""
     from alibi_jax import data
     from alibi_jax.training import workdir
 
     config = load_config(str(command.file), {})
     corpus = data.load_corpus(config.data)
-    config = train.with_vocabulary(config, corpus.tokenizer.vocab_size)
+    config = completed(config, corpus.tokenizer.vocab_size)
     stream = data.stream_identity(
         fingerprint=corpus.fingerprint,
         sequence_length=16,

@@ -9,9 +9,10 @@ import numpy as np
 from jax import Array
 
 from alibi_jax.attention import choice
+from alibi_jax.attention.biases import Bias, LinearBias, as_bias, beyond_slopes
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.devices import length_is_sharded, per_device, whole_length
-from alibi_jax.bias import check_integer, check_slopes
+from alibi_jax.bias import check_integer, is_known
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -28,7 +29,7 @@ def attention(
     query: Query,
     key: Key,
     value: Value,
-    slopes: Slopes,
+    slopes: Slopes | Bias,
     *,
     causal: bool = True,
     scale: float | Array | None = None,
@@ -36,6 +37,7 @@ def attention(
     key_positions: KeyPositions | None = None,
     segment_ids: SegmentIds | None = None,
     key_segment_ids: SegmentIds | None = None,
+    window: int | Array | None = None,
     tolerance: float | None = None,
     implementation: str | None = None,
 ) -> Attended:
@@ -59,6 +61,8 @@ def attention(
         `h // (H // K)` (grouped queries).
       value: [B, S, K, Dv], of the same dtype; Dv may differ from D.
       slopes: floating [H], finite and at least 0: one for each query head. See `alibi_jax.slopes`.
+        Or another bias: a `LinearBias`, `DistanceBias` or `PrefixBias` of
+        `alibi_jax.attention.biases`. "dense" and "blockwise" can do all of them.
       causal: whether a query sees only keys whose position is not after its own. If not, it sees
         all, and the distance is `|query_position - key_position|`.
       scale: scalar factor of `query.key`; 1/sqrt(D) if None.
@@ -69,6 +73,8 @@ def attention(
       segment_ids: integer [B, T], compared as int32. A query sees only keys of an equal id: give
         each packed document an id, and padding another.
       key_segment_ids: integer [B, S]; the same as `segment_ids` if left out, where T == S.
+      window: a query sees only keys at a distance below this, an integer of at least 1, which may
+        be traced: one program serves all. None: no limit. "dense" and "blockwise" can do that.
       tolerance: the most probability that an implementation may leave out of a row, a number in
         [0, 1). The output moves by at most `2 * tolerance * max|value|` and in practice by far
         less (`alibi_jax.attention.tiles`). 0 leaves out nothing; None is the dtype's own precision,
@@ -95,11 +101,8 @@ def attention(
     _check_inputs(query, key, value)
     batch, length, heads, head_dim = query.shape
 
-    slopes = check_slopes(slopes)
-    if slopes.shape != (heads,):
-        raise ValueError(
-            f"slopes must have one value for each query head, ({heads},); got {slopes.shape}"
-        )
+    bias = as_bias(slopes, query.dtype, batch, heads, (length, key.shape[1]))
+    window = _window(window)
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     elif jnp.shape(scale) != ():
@@ -125,6 +128,7 @@ def attention(
         scale=None if isinstance(scale, Array) else float(scale),
         capability=choice.capability(),
         length_sharded=length_is_sharded(query),
+        beyond_slopes=beyond_slopes(bias, window),
     )
     if implementation is None:
         implementation = choice.choose(case)
@@ -133,24 +137,22 @@ def attention(
     sizes = batch, length, key.shape[1]
     query_positions, key_positions = _positions(query_positions, key_positions, *sizes)
     segment_ids, key_segment_ids = _segments(segment_ids, key_segment_ids, *sizes)
-    attend = partial(
-        choice.IMPLEMENTATIONS[implementation].attend, causal=causal, tolerance=tolerance
-    )
+    chosen = choice.IMPLEMENTATIONS[implementation]
+    attend = partial(chosen.attend, causal=causal, tolerance=tolerance)
     if implementation == "dense":
         query, key, value = whole_length(query), whole_length(key), whole_length(value)
     else:
         attend = partial(per_device, attend)
-    return attend(
-        query,
-        key,
-        value,
-        slopes,
-        scale=scale,
-        query_positions=query_positions,
-        key_positions=key_positions,
-        segment_ids=segment_ids,
-        key_segment_ids=key_segment_ids,
-    )
+    tokens = {
+        "query_positions": query_positions,
+        "key_positions": key_positions,
+        "segment_ids": segment_ids,
+        "key_segment_ids": key_segment_ids,
+    }
+    if chosen.any_bias:
+        return attend(query, key, value, bias, scale=scale, window=window, **tokens)
+    assert isinstance(bias, LinearBias)
+    return attend(query, key, value, bias.slopes, scale=scale, **tokens)
 
 
 def _check_inputs(query: Array, key: Array, value: Array) -> None:
@@ -215,6 +217,20 @@ def _segments(
         _per_token("segment_ids", segment_ids, (batch, length)),
         _per_token("key_segment_ids", key_segment_ids, (batch, key_length)),
     )
+
+
+def _window(window: Any) -> Array | None:
+    """Check a window, as a scalar i32, or None."""
+    if window is None:
+        return None
+    known = is_known(window)
+    if known and (jnp.shape(window) != () or not 1 <= window < 2**31):
+        raise ValueError(f"window must be an integer from 1 to 2^31 - 1, or None; got {window}")
+    window = jnp.asarray(window)
+    check_integer("window", window)
+    if window.shape != ():
+        raise ValueError(f"window must be a scalar, got the shape {window.shape}")
+    return window.astype(jnp.int32)
 
 
 def _pair(name: str, of_query: Any, of_key: Any, length: int, key_length: int) -> tuple[Any, Any]:

@@ -7,16 +7,19 @@ al., arXiv:2205.14135, algorithm 4). `alibi_jax.attention.tiles` says which tile
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Bool, Int
 
-from alibi_jax.attention.context import Passes, ring_attention
+from alibi_jax.attention.biases import Bias, LinearBias, Parts
+from alibi_jax.attention.case import Case
+from alibi_jax.attention.context import Passes, ring_attention, without_marks
 from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
-from alibi_jax.bias import distance_bias, float_dtype
+from alibi_jax.bias import float_dtype
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -24,7 +27,6 @@ from alibi_jax.typing import (
     Query,
     QueryPositions,
     SegmentIds,
-    Slopes,
     Value,
 )
 
@@ -38,7 +40,7 @@ def blockwise(
     query: Query,
     key: Key,
     value: Value,
-    slopes: Slopes,
+    bias: Bias,
     *,
     causal: bool,
     scale: float | Array,
@@ -46,6 +48,7 @@ def blockwise(
     key_positions: KeyPositions,
     segment_ids: SegmentIds | None,
     key_segment_ids: SegmentIds | None,
+    window: Int[Array, ""] | None,
     tolerance: float,
     axis: str | None = None,
 ) -> Attended:
@@ -60,14 +63,13 @@ def blockwise(
     tile = length if length <= 2 * QUERY_TILE else QUERY_TILE
     key_tile = min(KEY_TILE, key_length)
     dtype = float_dtype(query.dtype)
-    tokens = Tokens(
-        jnp.asarray(query_positions), jnp.asarray(key_positions), segment_ids, key_segment_ids
-    )
-    query, key, value, slopes, factor, tokens = _vary_alike(
-        query, key, value, slopes.astype(dtype), jnp.asarray(scale, dtype), tokens
+    positions = jnp.asarray(query_positions), jnp.asarray(key_positions)
+    tokens = Tokens(*positions, segment_ids, key_segment_ids, window)
+    query, key, value, bias, factor, tokens = _vary_alike(
+        query, key, value, bias, jnp.asarray(scale, dtype), tokens
     )
     ranges = key_ranges(
-        *jax.lax.stop_gradient((query, key, slopes, factor)),
+        *jax.lax.stop_gradient((query, key, bias, factor)),
         causal=causal,
         **tokens._asdict(),
         tolerance=tolerance,
@@ -76,17 +78,25 @@ def blockwise(
         axis=axis,
     )
     attend = _attend if axis is None else partial(ring_attention, axis, PASSES)
+    tiles = tile, key_tile
     output = attend(
-        Plan(causal, key_length, tile, key_tile),
+        Plan(causal, key_length, *tiles, sink=isinstance(bias, LinearBias) and bias.sink),
         _pad(query, tile),
         _pad(key, key_tile),
         _pad(value, key_tile),
-        slopes,
+        bias.with_parts(Parts(bias.parts.heads, *map(_pad, bias.parts[1:], tiles))),
         factor,
-        Tokens(*map(_pad, tokens, (tile, key_tile, tile, key_tile))),
+        Tokens(*map(_pad, tokens[:4], tiles + tiles))._replace(window=tokens.window),
         ranges,
     )
     return output[:, :length]
+
+
+def refusal(case: Case) -> str | None:
+    """Return why `blockwise` cannot serve a case, or None if it can."""
+    if case.length_sharded and case.beyond_slopes in ("PrefixBias", "sink"):
+        return f"needs whole sequences for a {case.beyond_slopes}, and these are divided"
+    return None
 
 
 def _vary_alike(*trees: Any) -> tuple[Any, ...]:
@@ -109,15 +119,15 @@ def _vary_alike(*trees: Any) -> tuple[Any, ...]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, query, key, value, slopes, scale, tokens, ranges):
+def _attend(plan, query, key, value, bias, scale, tokens, ranges):
     """Return [B, T, H, Dv]; queries and keys are padded to whole tiles."""
-    return _forward(plan, query, key, value, slopes, scale, tokens, ranges)[0]
+    return _forward(plan, query, key, value, bias, scale, tokens, ranges)[0]
 
 
-def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
+def _forward(plan, query, key, value, bias, scale, tokens, ranges):
     """Return the output, and each row's log-sum-exp [B, H, T]: +inf for keyless rows."""
     group = query.shape[2] // key.shape[2]
-    dtype = slopes.dtype
+    dtype = scale.dtype
 
     def one_tile(output: Array, at: tuple[Array, ...]) -> tuple[Array, Array]:
         b, h, i, first, end = at
@@ -126,9 +136,11 @@ def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
 
         def step(start: Array, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             largest, total, mixed = carry
-            k, v = (_tile(x, b, start, size, h // group).astype(dtype) for x in (key, value))
-            bias, _ = _tile_bias(plan, slopes[h], tokens, b, rows, (start, size), query_axis=0)
-            logits = _dot(q, k, 1, 1) + bias
+            columns = start, size
+            k, v = (_tile(x, b, *columns, h // group).astype(dtype) for x in (key, value))
+            pairs = _pairs(plan, tokens, b, rows, columns, query_axis=0)
+            tile_bias = _tile_bias(bias, _parts(bias, b, h, rows, columns), pairs)
+            logits = jnp.where(pairs.seen, _dot(q, k, 1, 1) + tile_bias, -jnp.inf)
             new = jnp.maximum(largest, logits.max(axis=1))
             # A row that has seen no key yet must not subtract -inf from -inf.
             shift = jnp.where(new == -jnp.inf, 0.0, new)
@@ -156,23 +168,21 @@ def _forward(plan, query, key, value, slopes, scale, tokens, ranges):
     return output, lse.reshape(query.shape[0], query.shape[2], -1)
 
 
-def _attend_forward(plan, query, key, value, slopes, scale, tokens, ranges):
-    of_slopes = slopes.perturbed
-    inputs = (query, key, value, slopes, scale, tokens, ranges)
-    inputs = jax.tree.map(lambda x: x.value, inputs, is_leaf=lambda x: hasattr(x, "perturbed"))
+def _attend_forward(plan, *inputs):
+    inputs, of_bias = without_marks(inputs)
     output, lse = _forward(plan, *inputs)
     # A tuple or None, since what is kept may hold no Python values but the structure.
-    return output, (inputs, output, lse, () if of_slopes else None)
+    return output, (inputs, output, lse, () if of_bias else None)
 
 
 def _attend_backward(plan, kept, cotangent):
-    inputs, output, lse, of_slopes = kept
+    inputs, output, lse, of_bias = kept
     query, key, value, *_ = inputs
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
         cotangent, _ = _vary_alike(cotangent, query)
     dquery, dkey, dvalue, *rest = _backward(
-        plan, inputs, output, lse, cotangent, of_slopes=of_slopes is not None
+        plan, inputs, output, lse, cotangent, of_bias=of_bias is not None
     )
     return dquery, dkey.astype(key.dtype), dvalue.astype(value.dtype), *rest, None, None
 
@@ -180,11 +190,11 @@ def _attend_backward(plan, kept, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
-def _backward(plan, inputs, output, lse, cotangent, *, of_slopes):
-    """Return the gradients of query, key, value, slopes and scale; all but the first are wide."""
-    query, key, value, slopes, scale, tokens, ranges = inputs
+def _backward(plan, inputs, output, lse, cotangent, *, of_bias):
+    """Return the gradients of query, key, value, bias and scale; all but the first are wide."""
+    query, key, value, bias, scale, tokens, ranges = inputs
     group = query.shape[2] // key.shape[2]
-    dtype = slopes.dtype
+    dtype = scale.dtype
 
     def one_tile(grads, at):
         (b, h, i, first, end), row_lse = at
@@ -198,41 +208,52 @@ def _backward(plan, inputs, output, lse, cotangent, *, of_slopes):
         # are transposed for the last. The barrier keeps XLA from undoing that: on a CPU the product
         # of [s, D] and [s, t] over s runs at four fifths of the speed.
         def step(start, size, carry):
-            dq, dslope, dkey, dvalue = carry
-            k, v = (_tile(x, b, start, size, h // group).astype(dtype) for x in (key, value))
-            bias, distance = _tile_bias(
-                plan, slopes[h], tokens, b, rows, (start, size), query_axis=1
-            )
-            weights = jnp.exp(_dot(k, scaled, 1, 1) + bias - row_lse[None, :])
+            dq, dhead_part, dkey, dvalue, dkey_part = carry
+            columns = start, size
+            k, v = (_tile(x, b, *columns, h // group).astype(dtype) for x in (key, value))
+            pairs = _pairs(plan, tokens, b, rows, columns, query_axis=1)
+            parts = _parts(bias, b, h, rows, columns)
+            logits = _dot(k, scaled, 1, 1) + _tile_bias(bias, parts, pairs)
+            weights = jnp.exp(jnp.where(pairs.seen, logits - row_lse[None, :], -jnp.inf))
             dlogits = weights * (_dot(v, dout, 1, 1) - mean[None, :])
             dkey = _update(dkey, b, start, h // group, _dot(dlogits, scaled, 1, 0), add=True)
             dvalue = _update(dvalue, b, start, h // group, _dot(weights, dout, 1, 0), add=True)
-            if of_slopes:
-                dslope -= jnp.sum(dlogits * jnp.abs(distance).astype(dtype))
+            if of_bias:
+                _, pullback = jax.vjp(lambda parts: _tile_bias(bias, parts, pairs), parts)
+                (dparts,) = pullback(dlogits)
+                dhead_part = jax.tree.map(jnp.add, dhead_part, dparts.heads)
+                dkey_part = jax.tree.map(
+                    lambda x, tile: _update(x, b, start, h, tile, add=True), dkey_part, dparts.keys
+                )
             transposed = jax.lax.optimization_barrier(k.T)
-            return dq + _dot(transposed, dlogits, 1, 0), dslope, dkey, dvalue
+            return dq + _dot(transposed, dlogits, 1, 0), dhead_part, dkey, dvalue, dkey_part
 
-        dquery, dscale, dkey, dvalue = grads
-        carry = jnp.zeros_like(q.T), jnp.zeros((), dtype), dkey, dvalue
-        carry, _ = _vary_alike(carry, q)
-        dq, dslope, dkey, dvalue = _over_keys(plan, first, end, step, carry)
+        dquery, dscale, *of_keys = grads
+        dhead_part = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), bias.parts.heads)
+        carry, _ = _vary_alike((jnp.zeros_like(q.T), dhead_part, *of_keys), q)
+        dq, dhead_part, *of_keys = _over_keys(plan, first, end, step, carry)
         dscale += jnp.sum(dq * q.T)
         dquery = _update(dquery, b, rows[0], h, (dq.T * scale).astype(dquery.dtype))
-        return (dquery, dscale, dkey, dvalue), dslope
+        return (dquery, dscale, *of_keys), dhead_part
 
     zeros = (
         jnp.zeros_like(query),
         jnp.zeros((), dtype),
         jnp.zeros(key.shape, dtype),
         jnp.zeros(value.shape, dtype),
+        jax.tree.map(jnp.zeros_like, bias.parts.keys),
     )
     zeros, _ = _vary_alike(zeros, query)
-    (dquery, dscale, dkey, dvalue), dslope = jax.lax.scan(
+    (dquery, dscale, dkey, dvalue, dkey_part), dhead_parts = jax.lax.scan(
         one_tile, zeros, (_tiles(ranges), lse.reshape(-1, plan.query_tile))
     )
     batch, _, heads, _ = query.shape
-    dslopes = dslope.reshape(batch, heads, -1).sum(axis=(0, 2))
-    return dquery, dkey, dvalue, dslopes, dscale
+    dhead_parts = jax.tree.map(
+        lambda x: x.reshape(batch, heads, -1, *x.shape[1:]).sum(axis=(0, 2)), dhead_parts
+    )
+    # What belongs to a query adds the same to a whole row, which softmax ignores.
+    dquery_part = jax.tree.map(jnp.zeros_like, bias.parts.queries)
+    return dquery, dkey, dvalue, bias.with_parts(Parts(dhead_parts, dquery_part, dkey_part)), dscale
 
 
 PASSES = Passes(_forward, _backward)
@@ -244,8 +265,10 @@ def _over_keys(
     """Run `step(start, size, carry)` over key tiles first to end.
 
     It takes STEP keys at a time, and what is then left in halves of that: a tile alone is too small
-    a product for two cores.
+    a product for two cores. Where the first key is a sink, tile 0 comes before the range.
     """
+    if plan.sink:
+        carry = step(jnp.zeros_like(first), plan.key_tile, carry)
     count = max(min(STEP, plan.key_length) // plan.key_tile, 1)
     while count:
         num_steps = (end - first) // count
@@ -258,35 +281,64 @@ def _over_keys(
     return carry
 
 
-def _tile_bias(
+class Pairs(NamedTuple):
+    """What a tile's queries and keys are to each other: [t, s], or [s, t] if `query_axis` is 1."""
+
+    distance: Int[Array, "t s"]  # at least 0
+    position: Int[Array, "t 1"]  # the query's
+    seen: Bool[Array, "t s"] | Bool[Array, ""]  # False where a mask hides the key
+    query_axis: int
+
+
+def _pairs(
     plan: Plan,
-    slope: Array,
     tokens: Tokens,
     b: Array,
     rows: tuple[Array, int],
     columns: tuple[Array, int],
     *,
     query_axis: int,
-) -> tuple[Array, Array]:
-    """Return bias, -inf where masked, and distance: [t, s], or [s, t] if `query_axis` is 1.
-
-    `rows` and `columns` say where the tile starts, and its size.
-    """
+) -> Pairs:
+    """Return the pairs of a tile; `rows` and `columns` say where it starts, and its size."""
 
     def both(of_query: Any, of_key: Any) -> tuple[Array, Array]:
         q, k = _tile(of_query, b, *rows), _tile(of_key, b, *columns)
         return jnp.expand_dims(q, 1 - query_axis), jnp.expand_dims(k, query_axis)
 
+    index = jnp.expand_dims(columns[0] + jnp.arange(columns[1], dtype=jnp.int32), query_axis)
     position, key_position = both(tokens.query_positions, tokens.key_positions)
-    distance = position - key_position
-    bias = distance_bias(slope[None], distance, kind="causal" if plan.causal else "symmetric")[0]
+    distance = jnp.abs(position - key_position)
+    seen = position >= key_position if plan.causal else jnp.ones((1, 1), bool)
+    if plan.sink:
+        distance = jnp.where(index == 0, 0, distance)
+    if tokens.window is not None:
+        seen &= distance < tokens.window
     if tokens.segment_ids is not None:
         segment, key_segment = both(tokens.segment_ids, tokens.key_segment_ids)
-        bias = jnp.where(segment == key_segment, bias, -jnp.inf)
+        seen &= segment == key_segment
     if plan.key_length % plan.key_tile:
-        exists = columns[0] + jnp.arange(columns[1], dtype=jnp.int32) < plan.key_length
-        bias = jnp.where(jnp.expand_dims(exists, query_axis), bias, -jnp.inf)
-    return bias, distance
+        seen &= index < plan.key_length
+    return Pairs(distance, position, seen, query_axis)
+
+
+def _parts(
+    bias: Bias, b: Array, h: Array, rows: tuple[Array, int], columns: tuple[Array, int]
+) -> Parts:
+    """Return what one tile of one head needs of a bias: leaves [...], [t] and [s]."""
+    heads, queries, keys = bias.parts
+    return Parts(
+        jax.tree.map(lambda x: x[h], heads),
+        jax.tree.map(lambda x: _tile(x, b, *rows, h), queries),
+        jax.tree.map(lambda x: _tile(x, b, *columns, h), keys),
+    )
+
+
+def _tile_bias(bias: Bias, parts: Parts, pairs: Pairs) -> Array:
+    """Return the bias of a tile, masks aside: the method, for every pair of the tile."""
+    axis = pairs.query_axis
+    queries = jax.tree.map(lambda x: jnp.expand_dims(x, 1 - axis), parts.queries)
+    keys = jax.tree.map(lambda x: jnp.expand_dims(x, axis), parts.keys)
+    return bias.at(parts.heads, queries, keys, pairs.distance, pairs.position)
 
 
 def _tiles(ranges: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -295,31 +347,36 @@ def _tiles(ranges: tuple[Array, Array]) -> tuple[Array, ...]:
     return tuple(x.reshape(-1) for x in (*indices, *ranges))
 
 
-def _pad(x: Any, tile: int) -> Any:
-    """Return [B, L, ...] with L filled up to whole tiles; None stays None."""
-    if x is None:
-        return None
-    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
+def _pad(tree: Any, tile: int) -> Any:
+    """Return arrays [B, L, ...] with L filled up to whole tiles."""
+
+    def pad(x: Array) -> Array:
+        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
+
+    return jax.tree.map(pad, tree)
 
 
 def _tile(x: Array, b: Array, start: Array, size: int, head: Array | None = None) -> Array:
-    """Return x[b, start : start + size] of [B, L], or also [head] of [B, L, H, D]."""
+    """Return x[b, start : start + size] of [B, L], or also [head] of [B, L, H, ...]."""
     if head is None:
         # Positions may have one row for all batches: an index past the end means the last.
         return jax.lax.dynamic_slice(x, (b, start), (1, size))[0]
-    zero = jnp.zeros((), jnp.int32)
-    tile = jax.lax.dynamic_slice(x, (b, start, head, zero), (1, size, 1, x.shape[3]))
-    return tile.reshape(size, x.shape[3])
+    rest = x.shape[3:]
+    tile = jax.lax.dynamic_slice(x, _corner(x, b, start, head), (1, size, 1, *rest))
+    return tile.reshape(size, *rest)
 
 
 def _update(
     x: Array, b: Array, start: Array, head: Array, tile: Array, *, add: bool = False
 ) -> Array:
-    """Return x [B, L, H, D] with the tile [size, D] written, or added, where `_tile` reads it."""
+    """Return x [B, L, H, ...] with the tile [size, ...] written, or added, where `_tile` reads."""
     if add:
         tile += _tile(x, b, start, len(tile), head)
-    zero = jnp.zeros((), jnp.int32)
-    return jax.lax.dynamic_update_slice(x, tile[None, :, None], (b, start, head, zero))
+    return jax.lax.dynamic_update_slice(x, tile[None, :, None], _corner(x, b, start, head))
+
+
+def _corner(x: Array, b: Array, start: Array, head: Array) -> tuple[Array, ...]:
+    return b, start, head, *(jnp.zeros((), jnp.int32),) * (x.ndim - 3)
 
 
 def _dot(a: Array, b: Array, axis: int, other_axis: int) -> Array:

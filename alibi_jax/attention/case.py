@@ -23,3 +23,11 @@ class Case(NamedTuple):
     scale: float | None  # None: an array, which may be known only when it runs
     capability: tuple[int, int] | None  # CUDA compute capability, such as (9, 0); None without
     length_sharded: bool = False  # the queries of a sequence are divided over devices
+    beyond_slopes: str | None = None  # what there is other than -slope * distance, such as "window"
+
+
+def refusal_beyond_slopes(case: Case) -> str | None:
+    """Return why an implementation that only knows `-slope * distance` cannot serve a case."""
+    if case.beyond_slopes is None:
+        return None
+    return f"takes slopes alone, and no {case.beyond_slopes}"

@@ -7,6 +7,7 @@ import jax
 
 from alibi_jax.attention import pallas_tpu
 from alibi_jax.attention.blockwise import blockwise
+from alibi_jax.attention.blockwise import refusal as refusal_blockwise
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.columns import cudnn, refusal_cudnn, refusal_splash, splash
 from alibi_jax.attention.dense import dense
@@ -20,11 +21,6 @@ SMALL_ON_CPU, SMALL = 256 * 256, 512 * 512
 SMALL_ON_GPU = 2**31
 
 
-def serves_all(case: Case) -> str | None:
-    """Refuse nothing."""
-    return None
-
-
 def refusal_dense(case: Case) -> str | None:
     """Return why `dense` cannot serve a case, or None if it can."""
     if case.length_sharded:
@@ -33,15 +29,19 @@ def refusal_dense(case: Case) -> str | None:
 
 
 class Implementation(NamedTuple):
-    """A function with the arguments of `dense`, and why it refuses a case (None: it serves)."""
+    """A function with the arguments of `dense`, and why it refuses a case (None: it serves).
+
+    One without `any_bias` takes an array of slopes in the place of a bias, and no window.
+    """
 
     attend: Callable[..., Attended]
-    refusal: Callable[[Case], str | None] = serves_all
+    refusal: Callable[[Case], str | None]
+    any_bias: bool = False
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "dense": Implementation(dense, refusal_dense),
-    "blockwise": Implementation(blockwise),
+    "dense": Implementation(dense, refusal_dense, any_bias=True),
+    "blockwise": Implementation(blockwise, refusal_blockwise, any_bias=True),
     "pallas_tpu": Implementation(pallas_tpu.pallas_tpu, pallas_tpu.refusal),
     "cudnn": Implementation(cudnn, refusal_cudnn),
     "splash": Implementation(splash, refusal_splash),
@@ -76,7 +76,10 @@ def require_serves(name: Any, case: Case) -> None:
     reason = IMPLEMENTATIONS[name].refusal(case)
     if reason is not None:
         others = [n for n, other in IMPLEMENTATIONS.items() if other.refusal(case) is None]
-        raise ValueError(f"implementation={name!r} {reason}; here {others} can serve, or None")
+        raise ValueError(
+            f"implementation={name!r} {reason}; "
+            + (f"here {others} can serve, or None" if others else "here no other can serve either")
+        )
 
 
 def platform() -> str:

@@ -28,7 +28,7 @@ from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Float
 
-from alibi_jax.attention.case import Case
+from alibi_jax.attention.case import Case, refusal_beyond_slopes
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -266,7 +266,7 @@ def _refusal_of_bias(case: Case) -> str | None:
         return "takes no positions: its mask is that of the indices"
     if case.length_sharded:
         return "needs whole sequences, and these are divided over devices"
-    return None
+    return refusal_beyond_slopes(case)
 
 
 def _version(capability: tuple[int, int]) -> str:

@@ -27,12 +27,15 @@ class Passes(NamedTuple):
     """How an implementation computes, of each row, what ranges of key tiles contribute.
 
     Attributes:
-      forward: `(plan, query, key, value, slopes, scale, tokens, ranges)` to the output, in the
+      forward: `(plan, query, key, value, bias, scale, tokens, ranges)` to the output, in the
         dtype of `query`, and each row's log-sum-exp [B, H, T], +inf for rows that see no key.
-      backward: `(plan, (query, ..., ranges), output, lse, cotangent, of_slopes=...)`, with the
+      backward: `(plan, (query, ..., ranges), output, lse, cotangent, of_bias=...)`, with the
         output and log-sum-exp over all keys, to the gradients of query, in its dtype, and of key,
-        value, slopes and scale, in the dtype of slopes. Where `of_slopes` is false nobody reads
-        that of slopes.
+        value, bias and scale, in the dtype of scale. Where `of_bias` is false nobody reads that of
+        the bias.
+
+    A bias is a pytree with leaves [H, ...]: an array of slopes, or a `LinearBias` without a sink or
+    `DistanceBias` of `alibi_jax.attention.biases`.
     """
 
     forward: Callable[..., tuple[Array, Array]]
@@ -88,7 +91,7 @@ def _rings(causal: bool, devices: int) -> tuple[tuple[int, int], ...]:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def ring_attention(axis, passes, plan, query, key, value, slopes, scale, tokens, ranges):
+def ring_attention(axis, passes, plan, query, key, value, bias, scale, tokens, ranges):
     """Return attention [B, T, H, Dv] of this device's queries to the keys of all devices.
 
     Args:
@@ -98,24 +101,24 @@ def ring_attention(axis, passes, plan, query, key, value, slopes, scale, tokens,
       query: floating [B, T, H, D], of this device and of whole tiles, as all the others are.
       key: floating [B, S, K, D].
       value: floating [B, S, K, Dv].
-      slopes: floating [H], of the dtype to compute in.
+      bias: a pytree of arrays [H, ...], of the dtype to compute in.
       scale: a scalar array of that dtype.
       tokens: the `Tokens` of this device.
       ranges: what `key_ranges` returns, of key tiles that are numbered through all devices.
     """
-    return _forward(axis, passes, plan, query, key, value, slopes, scale, tokens, ranges)[0]
+    return _forward(axis, passes, plan, query, key, value, bias, scale, tokens, ranges)[0]
 
 
-def _forward(axis, passes, plan, query, key, value, slopes, scale, tokens, ranges):
+def _forward(axis, passes, plan, query, key, value, bias, scale, tokens, ranges):
     """Return the output; each row's log-sum-exp [K, B, G, T], as `Passes`; and hops [K] a ring."""
     counts = _hops_of_all(axis, plan, ranges, key.shape[2])
 
     def one_head(k, counts):
-        q, m, table, chunk = _of_head(k, query, key, value, slopes, tokens, ranges)
+        q, b, table, chunk = _of_head(k, query, key, value, bias, scale, tokens, ranges)
 
         def visit(chunk, table, state, luggage):
             seen = _tokens(tokens, chunk)
-            part = passes.forward(plan, q, chunk.key, chunk.value, m, scale, seen, table)
+            part = passes.forward(plan, q, chunk.key, chunk.value, b, scale, seen, table)
             return _combine(state, part), luggage
 
         batch, length, group, _ = q.shape
@@ -129,49 +132,59 @@ def _forward(axis, passes, plan, query, key, value, slopes, scale, tokens, range
 
 
 def _ring_forward(axis, passes, plan, *inputs):
-    of_slopes = inputs[3].perturbed
-    inputs = jax.tree.map(lambda x: x.value, inputs, is_leaf=lambda x: hasattr(x, "perturbed"))
+    inputs, of_bias = without_marks(inputs)
     output, lse, counts = _forward(axis, passes, plan, *inputs)
     # A tuple or None, since what is kept may hold no Python values but the structure.
-    return output, (inputs, output, lse, counts, () if of_slopes else None)
+    return output, (inputs, output, lse, counts, () if of_bias else None)
 
 
 def _ring_backward(axis, passes, plan, kept, cotangent):
-    (query, key, value, slopes, scale, tokens, ranges), output, lse, counts, of_slopes = kept
+    (query, key, value, bias, scale, tokens, ranges), output, lse, counts, of_bias = kept
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
 
     def one_head(k, counts, lse):
-        q, m, table, chunk = _of_head(k, query, key, value, slopes, tokens, ranges)
+        q, b, table, chunk = _of_head(k, query, key, value, bias, scale, tokens, ranges)
         of_rows = (_head(output, k, q.shape[2], 2), lse, _head(cotangent, k, q.shape[2], 2))
 
         def visit(chunk, table, of_query, of_chunk):
-            inputs = (q, chunk.key, chunk.value, m, scale, _tokens(tokens, chunk), table)
-            dquery, dkey, dvalue, dslopes, dscale = passes.backward(
-                plan, inputs, *of_rows, of_slopes=of_slopes is not None
+            inputs = (q, chunk.key, chunk.value, b, scale, _tokens(tokens, chunk), table)
+            dquery, dkey, dvalue, dbias, dscale = passes.backward(
+                plan, inputs, *of_rows, of_bias=of_bias is not None
             )
             return jax.tree.map(
-                jnp.add, (of_query, of_chunk), ((dquery, dslopes, dscale), (dkey, dvalue))
+                jnp.add, (of_query, of_chunk), ((dquery, dbias, dscale), (dkey, dvalue))
             )
 
-        of_query = jax.tree.map(jnp.zeros_like, (q, m, scale))
+        of_query = jax.tree.map(jnp.zeros_like, (q, b, scale))
         of_chunk = tuple(jnp.zeros(x.shape, q.dtype) for x in (chunk.key, chunk.value))
-        (dquery, dslopes, dscale), (dkey, dvalue) = _go_round(
+        (dquery, dbias, dscale), (dkey, dvalue) = _go_round(
             axis, plan, counts, table, chunk, visit, of_query, of_chunk
         )
         return (
             dquery.astype(query.dtype),
             dkey.astype(key.dtype),
             dvalue.astype(value.dtype),
-            dslopes,
+            dbias,
             dscale,
         )
 
-    dquery, dkey, dvalue, dslopes, dscale = jax.lax.map(
+    dquery, dkey, dvalue, dbias, dscale = jax.lax.map(
         lambda at: one_head(*at), (_heads(key), counts, lse)
     )
     of_features = (_merge(x) for x in (dquery, dkey, dvalue))
-    return *of_features, dslopes.reshape(slopes.shape), dscale.sum(), None, None
+    dbias = jax.tree.map(lambda x, y: x.reshape(y.shape), dbias, bias)
+    return *of_features, dbias, dscale.sum(), None, None
+
+
+def without_marks(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
+    """Return what `symbolic_zeros` marks, unmarked, and whether the bias (at 3) is perturbed."""
+
+    def marked(x: Any) -> bool:
+        return hasattr(x, "perturbed")
+
+    of_bias = any(x.perturbed for x in jax.tree.leaves(inputs[3], is_leaf=marked))
+    return jax.tree.map(lambda x: x.value, inputs, is_leaf=marked), of_bias
 
 
 ring_attention.defvjp(_ring_forward, _ring_backward, symbolic_zeros=True)
@@ -284,11 +297,12 @@ def _of_head(
     query: Array,
     key: Array,
     value: Array,
-    slopes: Array,
+    bias: Any,
+    scale: Array,
     tokens: Tokens,
     ranges: tuple[Array, Array],
-) -> tuple[Array, Array, tuple[Array, Array], Chunk]:
-    """Return the queries, slopes and ranges that go with key head k, and this device's chunk."""
+) -> tuple[Array, Any, tuple[Array, Array], Chunk]:
+    """Return the queries, bias and ranges that go with key head k, and this device's chunk."""
     group = query.shape[2] // key.shape[2]
     first, end = (_head(x, k, group, 1) for x in ranges)
     chunk = Chunk(
@@ -296,8 +310,8 @@ def _of_head(
     )
     # Widened, and so is what implementations return: rounded once, after all chunks.
     return (
-        _head(query, k, group, 2).astype(slopes.dtype),
-        _head(slopes, k, group, 0),
+        _head(query, k, group, 2).astype(scale.dtype),
+        jax.tree.map(lambda x: _head(x, k, group, 0), bias),
         (first, end),
         chunk,
     )

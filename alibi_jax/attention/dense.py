@@ -1,13 +1,15 @@
 """Dense attention: the readable truth. It holds all logits, so it is for tests and short inputs.
 
-Softmax over `scale * query.key - slope * distance` (Press, Smith, Lewis, ICLR 2022, section 3).
+Softmax over `scale * query.key + bias`, which for ALiBi is `scale * query.key - slope * distance`
+(Press, Smith, Lewis, ICLR 2022, section 3).
 """
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from alibi_jax.bias import distance_bias, distances, float_dtype
+from alibi_jax.attention.biases import Bias, LinearBias
+from alibi_jax.bias import distances, float_dtype
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -15,7 +17,6 @@ from alibi_jax.typing import (
     Query,
     QueryPositions,
     SegmentIds,
-    Slopes,
     Value,
 )
 
@@ -24,7 +25,7 @@ def dense(
     query: Query,
     key: Key,
     value: Value,
-    slopes: Slopes,
+    bias: Bias,
     *,
     causal: bool,
     scale: float | Array,
@@ -32,6 +33,7 @@ def dense(
     key_positions: KeyPositions,
     segment_ids: SegmentIds | None,
     key_segment_ids: SegmentIds | None,
+    window: Int[Array, ""] | None,
     tolerance: float | None,
 ) -> Attended:
     """Compute `alibi_jax.attention`; the arguments are as that function checks and fills them.
@@ -57,15 +59,18 @@ def dense(
     logits *= jnp.asarray(scale, dtype)
 
     # The method, and all of it: one bias a head, added after the scale.
-    logits += distance_bias(
-        slopes.astype(dtype),
-        distances(query_positions, key_positions),
-        kind="causal" if causal else "symmetric",
-    )
+    signed = distances(query_positions, key_positions)
+    distance = jnp.abs(signed)
+    if isinstance(bias, LinearBias) and bias.sink:
+        distance = distance.at[:, :, 0].set(0)
+    logits += bias.dense(distance, jnp.asarray(query_positions))
 
+    seen = signed >= 0 if causal else jnp.ones_like(signed, bool)
+    if window is not None:
+        seen &= distance < window
     if segment_ids is not None and key_segment_ids is not None:
-        same = segment_ids[:, None, :, None] == key_segment_ids[:, None, None, :]
-        logits = jnp.where(same, logits, -jnp.inf)
+        seen = seen & (segment_ids[:, :, None] == key_segment_ids[:, None, :])
+    logits = jnp.where(seen[:, None], logits, -jnp.inf)
 
     weights = _softmax(logits).astype(value.dtype)
     rows = weights.reshape(batch, key_heads, group, length, -1)

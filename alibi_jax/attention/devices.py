@@ -11,6 +11,7 @@ import jax
 from jax import Array
 from jax.sharding import PartitionSpec
 
+from alibi_jax.attention.biases import Bias, PrefixBias
 from alibi_jax.typing import Attended
 
 
@@ -19,12 +20,12 @@ def per_device(
     query: Array,
     key: Array,
     value: Array,
-    slopes: Array,
+    bias: Bias | Array,
     *,
     scale: float | Array,
     **tokens: Any,
 ) -> Attended:
-    """Call `attend(query, key, value, slopes, scale=..., **tokens)` on each device's own part.
+    """Call `attend(query, key, value, bias, scale=..., **tokens)` on each device's own part.
 
     `dense` is plain array code that the compiler divides by itself. A loop over tiles or a kernel
     is not: it must see the shapes of one device. Where no mesh is set, or none of its axes is
@@ -38,7 +39,7 @@ def per_device(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not mesh.explicit_axes:
-        return attend(query, key, value, slopes, scale=scale, **tokens)
+        return attend(query, key, value, bias, scale=scale, **tokens)
     if not mesh.are_all_axes_explicit:
         raise ValueError(
             f"the axes of the mesh must be all explicit or none, got {mesh}; "
@@ -69,11 +70,17 @@ def per_device(
         attend = partial(attend, axis=axis)
 
     def of_tokens(x: Array) -> PartitionSpec:
+        if x.ndim == 0:  # the window
+            return PartitionSpec()
         # Positions that all batch entries share have one row, which every device keeps.
         return PartitionSpec(batch if x.shape[0] == query.shape[0] else None, length)
 
-    inputs = (query, key, value, slopes)
-    specs = (_spec(query), _spec(key), _spec(value), PartitionSpec(heads))
+    # A bias has arrays of heads [H, ...], or of tokens [B, length, H].
+    of_part = PartitionSpec(heads)
+    if isinstance(bias, PrefixBias):
+        of_part = PartitionSpec(batch, None, heads)
+    inputs = (query, key, value, bias)
+    specs = (_spec(query), _spec(key), _spec(value), jax.tree.map(lambda _: of_part, bias))
     options = {name: x for name, x in tokens.items() if x is not None}
     option_specs = {name: of_tokens(x) for name, x in options.items()}
     fixed: dict[str, Any] = {name: None for name in tokens if name not in options}

@@ -23,7 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Float, Int
 
-from alibi_jax.attention.case import Case
+from alibi_jax.attention.biases import LinearBias
+from alibi_jax.attention.case import Case, refusal_beyond_slopes
 from alibi_jax.attention.context import Passes, ring_attention
 from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
 from alibi_jax.bias import distance_bias
@@ -65,7 +66,7 @@ def refusal(case: Case) -> str | None:
         return f"takes bfloat16 and float32, not {case.dtype}"
     if max(case.head_dim, case.value_dim) > 256:
         return f"takes head dims up to 256, not {max(case.head_dim, case.value_dim)}"
-    return None
+    return refusal_beyond_slopes(case)
 
 
 def pallas_tpu(
@@ -103,7 +104,7 @@ def pallas_tpu(
         jnp.asarray(query_positions), jnp.asarray(key_positions), segment_ids, key_segment_ids
     )
     ranges = key_ranges(
-        *jax.lax.stop_gradient((query, key, slopes, scale)),
+        *jax.lax.stop_gradient((query, key, LinearBias(slopes), scale)),
         causal=causal,
         **tokens._asdict(),
         tolerance=tolerance,
@@ -158,19 +159,19 @@ def _attend(plan, inputs):
 
 
 def _attend_forward(plan, inputs):
-    of_slopes = inputs.numbers.perturbed
+    of_bias = inputs.numbers.perturbed
     inputs = Inputs(*(x.value for x in inputs))
     output, lse = _values(plan, inputs, inputs.query.dtype)
     # A tuple or None, since what is kept may hold no Python values but the structure.
-    return output, (inputs, output, lse, () if of_slopes else None)
+    return output, (inputs, output, lse, () if of_bias else None)
 
 
 def _attend_backward(plan, kept, cotangent):
-    inputs, output, lse, of_slopes = kept
+    inputs, output, lse, of_bias = kept
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
     dquery, dkey, dvalue, dnumbers = _gradients(
-        plan, inputs, output, lse, cotangent, inputs.query.dtype, of_slopes=of_slopes is not None
+        plan, inputs, output, lse, cotangent, inputs.query.dtype, of_bias=of_bias is not None
     )
     of_integers: Any = None
     return (Inputs(dquery, dkey, dvalue, dnumbers, of_integers, of_integers, of_integers),)
@@ -184,12 +185,12 @@ def _values(plan, inputs, dtype):
     return _one_by_one(partial(_forward, dtype=dtype), plan, inputs)
 
 
-def _gradients(plan, inputs, output, lse, cotangent, dtype, *, of_slopes):
+def _gradients(plan, inputs, output, lse, cotangent, dtype, *, of_bias):
     """Return the gradients of query, key and value in a dtype, and of the numbers."""
     # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
     mean = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=3)
     rows = jnp.concatenate([lse, mean[:, :, None]], axis=2)
-    of_query = partial(_query_gradient, of_slopes=of_slopes, dtype=dtype)
+    of_query = partial(_query_gradient, of_bias=of_bias, dtype=dtype)
     dquery, dnumbers = _one_by_one(of_query, plan, inputs, cotangent, rows)
     of_key = partial(_key_gradient, dtype=dtype)
     dkey, dvalue = _one_by_one(of_key, plan, inputs, cotangent, rows)
@@ -202,7 +203,7 @@ def _pass_forward(plan, query, key, *rest):
     return output.swapaxes(1, 2), lse[:, :, 0]
 
 
-def _pass_backward(plan, inputs, output, lse, cotangent, *, of_slopes):
+def _pass_backward(plan, inputs, output, lse, cotangent, *, of_bias):
     query, key, *rest = inputs
     *of_features, dnumbers = _gradients(
         plan,
@@ -211,7 +212,7 @@ def _pass_backward(plan, inputs, output, lse, cotangent, *, of_slopes):
         lse[:, :, None],
         cotangent.swapaxes(1, 2),
         query.dtype,
-        of_slopes=of_slopes,
+        of_bias=of_bias,
     )
     dslopes, dscale = dnumbers[:, 0, 0], dnumbers[:, 0, 1].sum()
     return *(x.swapaxes(1, 2) for x in of_features), dslopes, dscale
@@ -274,7 +275,7 @@ def _query_gradient(
     cotangent: Float[Array, "B H T Dv"],
     rows: Float[Array, "B H 2 T"],
     *,
-    of_slopes: bool,
+    of_bias: bool,
     dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     """Return dquery, and what each row adds to dslopes and dscale, f32[B, H, 2, T].
@@ -295,7 +296,7 @@ def _query_gradient(
             dweights = _product(cotangent[...], value[...], transposed=True)
             dlogits = jnp.exp(logits - lse) * (dweights - mean)
             dlogits_key[...] += _product(dlogits, key[...])
-            if of_slopes:
+            if of_bias:
                 linear = dlogits * jnp.abs(distance).astype(jnp.float32)
                 dslope[...] -= linear.sum(axis=1, keepdims=True)
 

@@ -3,28 +3,38 @@
 Queries and keys are cut into tiles. `key_ranges` gives, for each head and query tile, the range of
 key tiles to compute. What is outside takes at most `tolerance` of the probability of any row.
 
-Proof. Take a head with slope m and write `x_ij = q_i.k_j - m * d_ij` for the logit of query i, the
-scale included in it, at key j, and `lse_i = log sum_j e^x_ij` over the keys that i sees. A set X of
-keys has the probability `sum_{j in X} e^x_ij / e^lse_i`.
+Proof. Take a head and write `x_ij = q_i.k_j + b_ij` for the logit of query i, the scale included in
+it, at key j, with b_ij the bias: `-m * d_ij` at distance d_ij for ALiBi with slope m. Write
+`lse_i = log sum_j e^x_ij` over the keys that i sees: those that no mask hides, be it causality,
+segments or a window. A set X of them has the probability `sum_{j in X} e^x_ij / e^lse_i`.
 
 1. Centring. Replacing every key k_j by `k_j - c` takes the same `q_i.c` from every logit of row i,
    hence from `lse_i`, and changes no probability. Let c be the mean key: logits of trained models
    have a large common part, which would spoil step 2. From here on keys are centred.
-2. From above. Let `K_J` be the largest |k_j| of key tile J, which has n_J keys, and `d_IJ` the
-   least distance between query tile I and J. By Cauchy-Schwarz, every i in I gives J at most the
-   weight `n_J * e^(|q_i| K_J - m d_IJ)`.
+2. From above. Let `K_J` be the largest |k_j| of key tile J, which has n_J keys, and `U_IJ` at least
+   as large as every b_ij of query tile I and J. By Cauchy-Schwarz, every i in I gives J at most
+   the weight `n_J * e^(|q_i| K_J + U_IJ)`. With `d_IJ` the least distance between the tiles, U_IJ
+   is `-m d_IJ` for ALiBi. Any function of distance comes with its own bound, at least b(d) at every
+   d >= d_IJ, for no bias needs to fall everywhere. For `c_i - c_j` it is the largest c_i of I less
+   the smallest c_j of J: no distance is needed, nor that c falls.
 3. From below. `lse_i` is at least the log-sum-exp over *some* of the keys that i sees. Take its
-   own block of `NEAR` keys and the block before it, and compute that sum L_i exactly.
+   own block of `NEAR` keys and the block before it, and compute that sum L_i exactly, with the
+   bias itself.
 4. Hence J takes at most `e^u_IJ` of the probability of any row of I, where
 
-       u_IJ = log n_J - m d_IJ + max_i (|q_i| K_J - L_i),
+       u_IJ = log n_J + U_IJ + max_i (|q_i| K_J - L_i),
 
-   or 0 if positions or segments let no row of I see a key of J. The tiles left out at the left are
-   the longest prefix with `sum_J e^u_IJ <= tolerance / 2`, those at the right the longest such
-   suffix. Together they take at most `tolerance`. QED
+   or 0 if positions, segments or the window let no row of I see a key of J. The tiles left out at
+   the left are the longest prefix with `sum_J e^u_IJ <= tolerance / 2`, those at the right the
+   longest such suffix. Together they take at most `tolerance`. QED
 
 Dropping the fraction t of a row and normalising the rest moves the output by
 `|sum_kept (p / (1-t) - p) v| + |sum_dropped p v| <= t max|v| + t max|v|`.
+
+A bias without a bound has U_IJ = inf, and only what no row sees is left out. With a sink, the first
+key is at distance 0 from all, and no window hides it. So tile 0 is always computed, beside a range
+that starts after it, and never counted among what is left out; step 3 holds, since the sum with
+more penalty on one key, or without that key, is smaller.
 
 All terms are float32, so each u_IJ is raised by `ROUNDING` times the size of its parts. A row
 that sees none of its near keys has L_i = -inf, and then only unseen tiles are left out. The cost is
@@ -44,15 +54,18 @@ The bound by norms and a span is that of adaptive computation pruning for the Fo
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from alibi_jax.bias import distance_bias, distances
-from alibi_jax.typing import Key, Query, Slopes
+from alibi_jax.attention.biases import Bias, LinearBias
+from alibi_jax.bias import distances
+from alibi_jax.typing import Key, Query
 
 NEAR = 32
 EXACT = jax.lax.Precision.HIGHEST  # float32 products would be of 16 bits on a TPU otherwise
@@ -66,21 +79,23 @@ class Plan(NamedTuple):
     key_length: int
     query_tile: int
     key_tile: int
+    sink: bool = False  # the first key is at distance 0 from all
 
 
 class Tokens(NamedTuple):
-    """Where the tokens stand: positions [1 or B, length], segment ids [B, length] or None."""
+    """Where the tokens stand, which decides who sees whom: the window is a scalar, or None."""
 
     query_positions: Int[Array, "#B T"]
     key_positions: Int[Array, "#B S"]
     segment_ids: Int[Array, "B T"] | None
     key_segment_ids: Int[Array, "B S"] | None
+    window: Int[Array, ""] | None = None
 
 
 def key_ranges(
     query: Query,
     key: Key,
-    slopes: Slopes,
+    bias: Bias,
     scale: Float[Array, ""],
     *,
     causal: bool,
@@ -88,6 +103,7 @@ def key_ranges(
     key_positions: Int[Array, "#B S"],
     segment_ids: Int[Array, "B T"] | None,
     key_segment_ids: Int[Array, "B S"] | None,
+    window: Int[Array, ""] | None = None,
     tolerance: float,
     query_tile: int,
     key_tile: int,
@@ -98,13 +114,14 @@ def key_ranges(
     Args:
       query: floating [B, T, H, D]; all arguments are as in `alibi_jax.attention`.
       key: floating [B, S, K, D].
-      slopes: floating [H], of the dtype to compute in.
+      bias: of the dtype to compute in.
       scale: factor of `query.key`, of that dtype.
       causal: whether keys after the query are hidden.
       query_positions: [1, T] or [B, T].
       key_positions: [1, S] or [B, S].
       segment_ids: None, or both kinds of ids.
       key_segment_ids: see `segment_ids`.
+      window: None, or the distance from which on keys are hidden.
       tolerance: probability that may be left out of a row; 0 leaves out what no row sees.
       query_tile: queries a tile; the last tile may be shorter.
       key_tile: keys a tile.
@@ -114,11 +131,12 @@ def key_ranges(
 
     Returns:
       i32[B, H, ceil(T / query_tile)] twice, `0 <= first <= end`, and end at most the number of key
-      tiles, ceil(S / key_tile) or that of all devices.
+      tiles, ceil(S / key_tile) or that of all devices. With a sink, first is at least 1: tile 0 is
+      to be computed before the range.
     """
     batch, _, heads, _ = query.shape
     group = heads // key.shape[2]
-    dtype = slopes.dtype
+    dtype, sink = scale.dtype, isinstance(bias, LinearBias) and bias.sink
     log_half = math.log(tolerance) - math.log(2) if tolerance > 0 else -math.inf
 
     def of_all(x: Array) -> Array:
@@ -129,6 +147,7 @@ def key_ranges(
     origin = query_positions[:, :1]
     if axis is not None:
         origin = jax.lax.all_gather(origin, axis)[0]
+    true_positions = query_positions
     query_positions, key_positions = query_positions - origin, key_positions - origin
 
     # All that the table needs of keys: [B, K, nS], and limits [B, nS] or [1, nS].
@@ -150,17 +169,61 @@ def key_ranges(
 
     def one_head(index: Array) -> tuple[Array, Array]:
         b, h = index // heads, index % heads
-        q, k = query[b, :, h].astype(dtype) * scale, key[b, :, h // group].astype(dtype)
-        m, c = slopes[h], center[b, h // group]
         # Positions are [1, T] or [B, T]; indexing clamps.
         q_pos, k_pos = query_positions[b], key_positions[b]
         segments = None
         if segment_ids is not None and key_segment_ids is not None:
             segments = segment_ids[b], key_segment_ids[b]
 
+        low_q, high_q = _limits(q_pos, query_tile)
+        low_k, high_k = (x[b] for x in position_limits)
+        before = low_q[:, None] - high_k[None, :]  # at least this far to the left of the queries
+        after = low_k[None, :] - high_q[:, None]
+        distance = jnp.maximum(jnp.maximum(before, after), 0)
+        seen = after <= 0 if causal else jnp.ones_like(after, bool)
+        if window is not None:
+            seen &= distance < window
+        if segments is not None and segment_limits is not None:
+            low_q, high_q = _limits(segments[0], query_tile)
+            low_k, high_k = (x[b] for x in segment_limits)
+            seen &= (low_q[:, None] <= high_k[None, :]) & (low_k[None, :] <= high_q[:, None])
+
+        if bias.bounded:
+            above = weight_bound(b, h, q_pos, k_pos, segments, distance)
+        else:
+            above = jnp.full(seen.shape, jnp.inf, dtype)
+        # Infinities never meet: -inf where unseen, +inf where nothing is known from below.
+        share = jnp.exp(jnp.minimum(jnp.where(seen, above - log_half, -jnp.inf), 1.0))
+        if sink:
+            share = share.at[:, 0].set(0.0)
+        # Sums of up to e each; of 1, a hundredth is left for their rounding.
+        left = jax.lax.cumsum(share, axis=1) <= 0.99
+        right = jax.lax.cumsum(share, axis=1, reverse=True) <= 0.99
+        first = left.sum(axis=1, dtype=jnp.int32)
+        end = jnp.maximum(share.shape[1] - right.sum(axis=1, dtype=jnp.int32), int(sink))
+        return jnp.minimum(first, end), end
+
+    def weight_bound(b, h, q_pos, k_pos, segments, distance) -> Array:
+        """Return u_IJ [nT, nS], the log of the most probability that a tile can have of a row."""
+        q, k = query[b, :, h].astype(dtype) * scale, key[b, :, h // group].astype(dtype)
+        of_head = jax.tree.map(lambda x: x[h], bias.parts.heads)
+        of_queries, of_keys = jax.tree.map(
+            lambda x: x[b, :, h], (bias.parts.queries, bias.parts.keys)
+        )
+
         norms = jnp.linalg.norm(q, axis=1)
-        shift = jnp.matmul(q, c, precision=EXACT)
-        near = _near(q, k, m, q_pos, k_pos, segments, causal=causal)
+        shift = jnp.matmul(q, center[b, h // group], precision=EXACT)
+        near_bias = partial(bias.at, of_head)
+        near = _near(
+            q,
+            k,
+            near_bias,
+            (of_queries, of_keys),
+            (q_pos, k_pos, true_positions[b]),
+            segments,
+            window,
+            causal=causal,
+        )
         rounding = ROUNDING * (jnp.abs(near) + 2 * norms * loudest[b, h // group])
         below = jnp.where(near == -jnp.inf, near, near - shift - rounding)
 
@@ -169,26 +232,10 @@ def key_ranges(
         content = (1 + ROUNDING) * norms[:, :, None] * largest[b, h // group][None, None]
         content = jnp.max(content - below[:, :, None], axis=1)
 
-        low_q, high_q = _limits(q_pos, query_tile)
-        low_k, high_k = (x[b] for x in position_limits)
-        before = low_q[:, None] - high_k[None, :]  # at least this far to the left of the queries
-        after = low_k[None, :] - high_q[:, None]
-        distance = jnp.maximum(jnp.maximum(before, after), 0).astype(dtype)
-        seen = after <= 0 if causal else jnp.ones_like(after, bool)
-        if segments is not None and segment_limits is not None:
-            low_q, high_q = _limits(segments[0], query_tile)
-            low_k, high_k = (x[b] for x in segment_limits)
-            seen &= (low_q[:, None] <= high_k[None, :]) & (low_k[None, :] <= high_q[:, None])
-
-        above = math.log(key_tile) + content - (1 - ROUNDING) * m * distance
-        # Infinities never meet: -inf where unseen, +inf where nothing is known from below.
-        share = jnp.exp(jnp.minimum(jnp.where(seen, above - log_half, -jnp.inf), 1.0))
-        # Sums of up to e each; of 1, a hundredth is left for their rounding.
-        left = jax.lax.cumsum(share, axis=1) <= 0.99
-        right = jax.lax.cumsum(share, axis=1, reverse=True) <= 0.99
-        first = left.sum(axis=1, dtype=jnp.int32)
-        end = share.shape[1] - right.sum(axis=1, dtype=jnp.int32)
-        return jnp.minimum(first, end), end
+        of_queries = jax.tree.map(partial(_tiles, tile=query_tile), of_queries)
+        of_keys = jax.tree.map(partial(_tiles, tile=key_tile), of_keys)
+        most = bias.most(of_head, of_queries, of_keys, distance)
+        return math.log(key_tile) + content + most + ROUNDING * jnp.abs(most)
 
     first, end = jax.lax.map(one_head, jnp.arange(batch * heads))
     return first.reshape(batch, heads, -1), end.reshape(batch, heads, -1)
@@ -219,10 +266,11 @@ def _after_its_left(x: Array, axis: str) -> Array:
 def _near(
     q: Float[Array, "T D"],
     k: Float[Array, "S D"],
-    slope: Float[Array, ""],
-    q_pos: Int[Array, "T"],
-    k_pos: Int[Array, "S"],
+    bias: Callable[..., Array],
+    parts: tuple[Any, Any],
+    positions: tuple[Int[Array, "T"], Int[Array, "S"], Int[Array, "T"]],
     segments: tuple[Array, Array] | None,
+    window: Int[Array, ""] | None,
     *,
     causal: bool,
 ) -> Float[Array, "T"]:
@@ -230,6 +278,16 @@ def _near(
 
     Row i stands at key i + S - T, as the default positions have it. Where other positions put it
     elsewhere the sum is over other keys that it sees, or none: less tight, and as true.
+
+    Args:
+      q: queries, times the scale.
+      k: keys.
+      bias: the bias of this head, as `at` of `alibi_jax.attention.biases` without its first.
+      parts: what belongs to queries and to keys, leaves [T] and [S].
+      positions: of queries and keys, from one origin, and of queries as they are.
+      segments: ids of queries and of keys, or None.
+      window: the distance from which on keys are hidden, or None.
+      causal: whether later keys are hidden.
     """
     (length, _), key_length = q.shape, len(k)
     count = -(-length // NEAR)
@@ -247,10 +305,20 @@ def _near(
         blocks = x.reshape(count + 1, NEAR, *x.shape[1:])
         return jnp.concatenate([blocks[:-1], blocks[1:]], axis=1)
 
+    signed = distances(of_queries(positions[0]), of_keys(positions[1]))
+    distance = jnp.abs(signed)
     logits = jnp.einsum("nrd,nsd->nrs", of_queries(q), of_keys(k), precision=EXACT)
-    distance = distances(of_queries(q_pos), of_keys(k_pos))
-    logits += distance_bias(slope[None], distance, kind="causal" if causal else "symmetric")[:, 0]
+    logits += jax.vmap(bias)(
+        jax.tree.map(lambda x: of_queries(x)[:, :, None], parts[0]),
+        jax.tree.map(lambda x: of_keys(x)[:, None, :], parts[1]),
+        distance,
+        of_queries(positions[2])[:, :, None],
+    )
     seen = of_keys(jnp.ones(key_length, bool))[:, None, :]
+    if causal:
+        seen &= signed >= 0
+    if window is not None:
+        seen &= distance < window
     if segments is not None:
         seen &= of_queries(segments[0])[:, :, None] == of_keys(segments[1])[:, None, :]
     logits = jnp.where(seen, logits, -jnp.inf)

@@ -8,6 +8,8 @@ and its interval far tighter than that of either loss. Percentile intervals are 
 when there are few documents (fewer than about ten).
 """
 
+from collections.abc import Callable
+
 import numpy as np
 
 _SEED = 0  # the same losses always get the same intervals
@@ -59,3 +61,51 @@ def interval(
         return None
     low, high = np.percentile(ratios, [2.5, 97.5])
     return [float(low), float(high)]
+
+
+def interval_of_a_length(
+    find: Callable[[np.ndarray], np.ndarray], totals: np.ndarray, counts: np.ndarray
+) -> list[int] | None:
+    """Compute the 95% percentile interval of a length that is read off several losses.
+
+    Args:
+        find: From totals float64 [R, L] over the documents of R resamples, one for each of L
+            settings, to the length in each resample, int [R].
+        totals: float64 [L, num_documents].
+        counts: int [num_bootstrap, num_documents], from `resamples`.
+
+    Returns:
+        [low, high], both of them lengths that came up, or None with one document.
+    """
+    if counts.shape[1] < 2:
+        return None
+    # Not a matrix product, in which an infinite loss of one document would be nan in all.
+    with np.errstate(invalid="ignore"):
+        drawn = np.stack([np.where(counts > 0, counts * row, 0).sum(axis=1) for row in totals], 1)
+    low, high = np.percentile(find(drawn), [2.5, 97.5], method="inverted_cdf")
+    return [int(low), int(high)]
+
+
+def wilson(hits: np.ndarray) -> list[float]:
+    """Compute a 95% interval of a rate of hits (Wilson, JASA 22, 1927).
+
+    Hits of one trial may be alike, so they count for as many independent ones as their spread over
+    trials says: rate (1 - rate) / variance of the rate (Kish, Survey Sampling, 1965), which is at
+    least the number of trials and at most that of hits. Where all or none hit there is no spread
+    to see, and it is the number of trials.
+
+    Args:
+        hits: bool [num_trials, P].
+
+    Returns:
+        [low, high].
+    """
+    num_trials, rate, z = len(hits), float(hits.mean()), 1.959964
+    size = float(num_trials)
+    if num_trials > 1 and 0 < rate < 1:
+        variance = float(hits.mean(axis=1).var(ddof=1)) / num_trials
+        independent = rate * (1 - rate) / variance if variance else np.inf
+        size = float(np.clip(independent, num_trials, hits.size))
+    centre = (rate + z**2 / (2 * size)) / (1 + z**2 / size)
+    half = z / (1 + z**2 / size) * np.sqrt(rate * (1 - rate) / size + z**2 / (4 * size**2))
+    return [max(0.0, float(centre - half)), min(1.0, float(centre + half))]

@@ -1,6 +1,7 @@
 """What is evaluated beyond the training length, and whether that can work."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,7 +25,13 @@ class EvaluationConfig:
     # Tokens at the end of every longest window that the fixed-target protocol scores; at most the
     # training length.
     num_targets: int = 64
-    # Tokens scored at once, which bounds memory; at least the longest length.
+    # Sliding windows that overlap at each token: they move by a window's length / overlap, so every
+    # target has at least 1 - 1/overlap of it as context, at overlap times the cost.
+    overlap: int = 4
+    # Trials of each retrieval task at each length (and depth).
+    num_trials: int = 16
+    # Tokens computed at once, which bounds memory: in training at least the longest length, while
+    # `alibi eval` goes through longer windows in chunks of so many.
     tokens_per_batch: int = 16384
     # Bootstrap resamples of the documents behind each interval.
     num_bootstrap: int = 1000
@@ -35,21 +42,33 @@ class EvaluationConfig:
 
     def validate(self, train_length: int) -> None:
         """Raise UserError, before anything is trained, for an evaluation that cannot work."""
+        self.validate_multiples()
+        self.validate_counts(train_length)
+        longest = self.lengths(train_length)[-1]
+        require(
+            self.tokens_per_batch >= longest,
+            f"config.evaluation.tokens_per_batch={self.tokens_per_batch} is less than one window "
+            f"of {longest} tokens: raise it, or shorten config.evaluation.multiples",
+        )
+
+    def validate_multiples(self) -> None:
+        """Raise UserError for multiples that no evaluation can have."""
         require(
             self.multiples[:1] == (1,),
             f"config.evaluation.multiples={self.multiples}: must start with 1, the training "
             "length, with which the others are compared",
         )
-        for shorter, longer in itertools.pairwise(self.multiples):
-            require(
-                longer > shorter and longer % shorter == 0,
-                f"config.evaluation.multiples has {longer} after {shorter}: each must be a larger "
-                f"multiple of the one before it, for example {2 * shorter}",
-            )
-        longest = self.lengths(train_length)[-1]
+        check_chain("config.evaluation.multiples", self.multiples)
+
+    def validate_counts(self, train_length: int) -> None:
+        """Raise UserError for a number that no evaluation can have."""
+        for name in ("num_windows", "num_trials"):
+            value = getattr(self, name)
+            require(value >= 1, f"config.evaluation.{name}={value}: must be at least 1")
         require(
-            self.num_windows >= 1,
-            f"config.evaluation.num_windows={self.num_windows}: must be at least 1",
+            self.overlap >= 2,
+            f"config.evaluation.overlap={self.overlap}: must be at least 2, or windows would not "
+            "overlap",
         )
         require(
             1 <= self.num_targets <= train_length,
@@ -57,12 +76,22 @@ class EvaluationConfig:
             f"the training length, {train_length}",
         )
         require(
-            self.tokens_per_batch >= longest,
-            f"config.evaluation.tokens_per_batch={self.tokens_per_batch} is less than one window "
-            f"of {longest} tokens: raise it, or shorten config.evaluation.multiples",
+            self.tokens_per_batch >= train_length,
+            f"config.evaluation.tokens_per_batch={self.tokens_per_batch}: must be at least the "
+            f"training length, {train_length}",
         )
         require(
             self.num_bootstrap >= _MIN_BOOTSTRAP,
             f"config.evaluation.num_bootstrap={self.num_bootstrap}: must be at least "
             f"{_MIN_BOOTSTRAP} for a 95% interval",
+        )
+
+
+def check_chain(name: str, values: Sequence[int]) -> None:
+    """Raise UserError unless each value is a larger multiple of the one before it."""
+    for shorter, longer in itertools.pairwise(values):
+        require(
+            longer > shorter and longer % shorter == 0,
+            f"{name} has {longer} after {shorter}: each must be a larger multiple of the one "
+            f"before it, for example {2 * shorter}",
         )

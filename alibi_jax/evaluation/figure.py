@@ -10,10 +10,11 @@ from alibi_jax.evaluation.verdict import TOLERANCE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Two of Wong's colours (Nature Methods 8, 441, 2011): told apart with any colour vision, and in
+# Three of Wong's colours (Nature Methods 8, 441, 2011): told apart with any colour vision, and in
 # grey by lightness, marker and dash.
-_STYLES: dict[str, dict[str, Any]] = {
+STYLES: dict[str, dict[str, Any]] = {
     "nonoverlapping": {
         "label": "nonoverlapping windows",
         "color": "#E69F00",
@@ -26,6 +27,12 @@ _STYLES: dict[str, dict[str, Any]] = {
         "color": "#0072B2",
         "marker": "o",
         "linestyle": "-",
+    },
+    "sliding_window": {
+        "label": "sliding window",
+        "color": "#009E73",
+        "marker": "^",
+        "linestyle": (0, (1, 1)),
     },
 }
 _SIZE = (6.9, 2.6)  # inches; the text width of a two-column page, so that 8 pt print as 8 pt
@@ -52,23 +59,38 @@ def extrapolation_figure(summary: Mapping[str, Any], path: Path, title: str | No
     with rc_context({"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7}):
         figure = Figure(figsize=_SIZE, layout="constrained")
         level, change = figure.subplots(1, 2)
-        for name, style in _STYLES.items():
-            entries = summary["protocols"][name]
-            _curve(level, entries, "nats_per_token", "interval", bits_per_nat, style)
-            _curve(change, entries, "relative_change", "relative_change_interval", 100, style)
+        for name in ("nonoverlapping", "fixed_targets"):
+            entries, style = summary["protocols"][name], STYLES[name]
+            curve(level, entries, "nats_per_token", "interval", bits_per_nat, style)
+            curve(change, entries, "relative_change", "relative_change_interval", 100, style)
+        lengths = [entry["length"] for entry in summary["protocols"]["fixed_targets"]]
         for axes in (level, change):
-            _length_axis(axes, summary)
+            length_axis(axes, lengths, summary["train_length"])
+            axes.annotate(
+                "training length",
+                (summary["train_length"], 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(-3, 2),
+                textcoords="offset points",
+                color="0.3",
+                fontsize=7,
+            )
         level.set_ylabel("bits per byte")
         level.legend(frameon=False)
-        _change_axis(change)
+        change_axis(change)
         if title is not None:
             figure.suptitle(title, fontsize=9)
-        unfinished = path.with_name(path.name + ".tmp")
-        figure.savefig(unfinished, dpi=200, format=path.suffix[1:])
-        unfinished.replace(path)
+        save(figure, path)
 
 
-def _curve(
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure, all of it or nothing."""
+    unfinished = path.with_name(path.name + ".tmp")
+    figure.savefig(unfinished, dpi=200, format=path.suffix[1:])
+    unfinished.replace(path)
+
+
+def curve(
     axes: "Axes",
     entries: Sequence[Mapping[str, Any]],
     value: str,
@@ -84,28 +106,18 @@ def _curve(
     axes.fill_between(lengths, *bounds.T, color=style["color"], alpha=0.15, linewidth=0)
 
 
-def _length_axis(axes: "Axes", summary: Mapping[str, Any]) -> None:
+def length_axis(axes: "Axes", lengths: Sequence[int], train_length: int) -> None:
     """Make x logarithmic in the lengths evaluated, with the training length marked."""
-    lengths = [entry["length"] for entry in summary["protocols"]["fixed_targets"]]
     axes.set_xscale("log", base=2)
     axes.set_xlim(lengths[0] / 1.4, lengths[-1] * 1.4)
-    axes.set_xticks(lengths, [_tokens(length) for length in lengths])
+    axes.set_xticks(lengths, [tokens_text(length) for length in lengths])
     axes.set_xticks([], minor=True)
     axes.set_xlabel("window length (tokens)")
-    axes.axvline(summary["train_length"], color="0.3", linestyle=":", linewidth=1)
-    axes.annotate(
-        "training length",
-        (summary["train_length"], 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(-3, 2),
-        textcoords="offset points",
-        color="0.3",
-        fontsize=7,
-    )
+    axes.axvline(train_length, color="0.3", linestyle=":", linewidth=1)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _change_axis(axes: "Axes") -> None:
+def change_axis(axes: "Axes") -> None:
     """Show at least ±2%, so that the ±1% band is seen and noise does not look like a trend."""
     axes.set_ylabel("change of the loss (%)")
     low, high = axes.dataLim.intervaly
@@ -130,5 +142,6 @@ def _change_axis(axes: "Axes") -> None:
     )
 
 
-def _tokens(length: int) -> str:
+def tokens_text(length: int) -> str:
+    """Write a number of tokens in short: 128, 4k."""
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)

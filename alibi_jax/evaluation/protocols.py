@@ -2,7 +2,7 @@
 
 Take N "longest windows" of `max(lengths)` targets each from held-out text. At each length L, tile
 every one of them by windows of L tokens and score every token with only its own tile as context:
-`losses[L]` is [N, longest] nats per token, and every length scores the very same tokens. The two
+`losses[L]` is [N, longest] nats per token, and every length scores the very same tokens. Two
 protocols of the literature are two means of this one array:
 
 - nonoverlapping (Press et al., ICLR 2022, Tables 2-5, https://arxiv.org/abs/2108.12409): the mean
@@ -13,141 +13,34 @@ protocols of the literature are two means of this one array:
   https://arxiv.org/abs/2310.04418; DAPE, https://arxiv.org/abs/2405.14722): the mean over the last
   `num_targets` positions. Those tokens end a tile at every length, so only the amount of context
   before them differs and lengths are compared in pairs.
+
+By position is a third: the means of `losses[longest]` over ranges of positions.
+
+Two more protocols score with other contexts:
+
+- sliding window (Press et al., App. B): windows that overlap, each of which scores its last
+  `stride` tokens, so that every target has at least L - stride tokens of context.
+- truncation: fixed targets at the longest length, while in every layer a query sees only the keys
+  at a distance below W. Where the loss stops falling with W, longer context stops helping.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from alibi_jax.distributed import is_main
-from alibi_jax.errors import UserError
+from alibi_jax.evaluation.windows import Windows
 
 # Nats per token, f32[B, L], of the last L tokens of each row of int32[B, L+1]; compiled by the
 # caller. Any array that NumPy can read may come back.
 LossFn = Callable[[np.ndarray], Any]
+# The same, where attention sees only keys at a distance below the window; None: all keys.
+WindowedLossFn = Callable[[np.ndarray, int | None], Any]
 
-_MIN_UNITS = 2  # fewer documents give no interval
-
-
-class TokenizedDocuments(Protocol):
-    """Tokenized documents, one after the other (`alibi_jax.data.corpus.TokenizedSplit`)."""
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """Token ids, int [total]."""
-
-    @property
-    def offsets(self) -> np.ndarray:
-        """Where documents start, and the end of the last, int64 [num_documents + 1]."""
-
-
-@dataclass(frozen=True)
-class Windows:
-    """The held-out tokens that every length scores.
-
-    Attributes:
-        tokens: int32 [N, longest + 1]; the first of each row is context only.
-        document: int64 [N], which unit a window comes from; the bootstrap resamples these.
-        unit: What such a unit is: "document", or "piece" of the concatenated stream.
-    """
-
-    tokens: np.ndarray
-    document: np.ndarray
-    unit: str
-
-
-def supported_lengths(
-    split: TokenizedDocuments, lengths: Sequence[int], packing: str
-) -> tuple[tuple[int, ...], str | None]:
-    """Leave out the lengths that the held-out documents are too short for.
-
-    A length stays if two documents (or pieces of the stream) hold it, so that it has an interval;
-    where even the first length has only one, one is enough.
-
-    Args:
-        split: Held-out documents.
-        lengths: Tokens per window, shortest first.
-        packing: "documents": a window lies inside one document; "stream": it may cross documents.
-
-    Returns:
-        The lengths that stay, and a line that says which do not and why (None if all stay).
-
-    Raises:
-        UserError: If not even the first length is possible.
-    """
-    units = [_num_units(split, length, packing) for length in lengths]
-    longest = max(np.diff(_offsets(split, packing)), default=0)
-    text = "the held-out text" if packing == "stream" else "the longest held-out document"
-    if units[0] == 0:
-        raise UserError(
-            f"evaluation needs {lengths[0] + 1} tokens for one window of {lengths[0]}, but {text} "
-            f"has {longest}; give longer held-out text or train at a shorter length"
-        )
-    needed = min(_MIN_UNITS, units[0])
-    kept = tuple(length for length, count in zip(lengths, units, strict=True) if count >= needed)
-    if len(kept) == len(lengths):
-        return kept, None
-    left_out = ", ".join(str(length) for length in lengths[len(kept) :])
-    unit = _unit(packing) + ("s" if needed > 1 else "")
-    return kept, (
-        f"evaluation lengths left out: {left_out} (each needs {needed} held-out {unit} of more "
-        f"than that many tokens; {text} has {longest})"
-    )
-
-
-def longest_windows(
-    split: TokenizedDocuments, *, longest: int, num_windows: int, packing: str
-) -> Windows:
-    """Take windows of `longest` targets, spread evenly over the held-out text.
-
-    With packing "documents" every document that is long enough gives one window before any gives
-    a second, and the windows of a document are spread evenly over it (a single one comes from its
-    middle: books begin with title pages). No two windows score the same token, and nothing is
-    random.
-
-    Args:
-        split: Held-out documents.
-        longest: Targets per window.
-        num_windows: Windows wanted; fewer come back if the text holds no more.
-        packing: "documents": a window lies inside one document; "stream": windows are pieces of
-            the concatenated documents, and each counts as a unit of its own.
-
-    Returns:
-        The windows, in the order of the text.
-
-    Raises:
-        UserError: If the text does not hold a single window.
-    """
-    offsets = _offsets(split, packing)
-    capacity = _capacity(offsets, longest)
-    share = _shares(capacity, num_windows)
-    if not share.any():
-        raise UserError(
-            f"no held-out {_unit(packing)} has the {longest + 1} tokens of an evaluation window of "
-            f"{longest}; give longer held-out text or shorten config.evaluation.multiples"
-        )
-    document = np.repeat(np.arange(len(share)), share)
-    starts = np.concatenate(
-        [offsets[i] + longest * _spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
-    )
-    tokens = np.stack([split.tokens[start : start + longest + 1] for start in starts])
-    if packing == "stream":
-        document = np.arange(len(starts))
-    return Windows(tokens=tokens.astype(np.int32), document=document, unit=_unit(packing))
-
-
-def bytes_per_token(windows: Windows, decode: Callable[[np.ndarray], str]) -> float:
-    """Measure UTF-8 bytes per target of the windows, which turns nats per token into bits per byte.
-
-    Args:
-        windows: The windows that are scored.
-        decode: Text of token ids [n].
-    """
-    targets = windows.tokens[:, 1:]
-    return sum(len(decode(row).encode()) for row in targets) / targets.size
+SHORTEST_WINDOW = 32  # of the truncation, in tokens
 
 
 def evaluate(
@@ -158,7 +51,7 @@ def evaluate(
     tokens_per_batch: int,
     batch_multiple: int = 1,
 ) -> dict[int, np.ndarray]:
-    """Score every token of the windows once at each length.
+    """Score every token of the windows once at each length, with a progress bar.
 
     Args:
         loss_fn: Nats per token f32[B, L] of int32[B, L+1]; called with one shape per length.
@@ -170,15 +63,7 @@ def evaluate(
     Returns:
         For each length, float32 [N, longest]: nats of each token given its tile so far.
     """
-    num_targets = windows.tokens[:, 1:].size
-    with tqdm(
-        total=len(lengths) * num_targets,
-        desc="evaluate",
-        unit="token",
-        unit_scale=True,
-        leave=False,
-        disable=None if is_main() else True,  # None: no bar where the output is not a terminal
-    ) as bar:
+    with progress_bar(len(lengths) * windows.num_targets) as bar:
         return {
             length: token_losses(
                 loss_fn,
@@ -192,13 +77,25 @@ def evaluate(
         }
 
 
+def progress_bar(num_tokens: int) -> tqdm:
+    """Make a bar that counts tokens; there is none where the output is not a terminal."""
+    return tqdm(
+        total=num_tokens,
+        desc="evaluate",
+        unit="token",
+        unit_scale=True,
+        leave=False,
+        disable=None if is_main() else True,  # None: where the output is not a terminal
+    )
+
+
 def token_losses(
     loss_fn: LossFn,
     windows: Windows,
     length: int,
     *,
     tokens_per_batch: int,
-    batch_multiple: int,
+    batch_multiple: int = 1,
     progress: Callable[[int], object],
 ) -> np.ndarray:
     """Score every token of the windows with only its own tile of `length` tokens as context.
@@ -209,7 +106,7 @@ def token_losses(
         length: Tokens per tile; divides the windows' length.
         tokens_per_batch: Tokens scored at once.
         batch_multiple: B is a multiple of this, even if that takes more than `tokens_per_batch`.
-        progress: Called with the number of tokens scored since the last call.
+        progress: Called with the number of tokens computed since the last call.
 
     Returns:
         float32 [N, longest].
@@ -217,48 +114,139 @@ def token_losses(
     # A tile's targets are its last `length` tokens; its first token is the one before them.
     tiles = np.lib.stride_tricks.sliding_window_view(windows.tokens, length + 1, axis=1)
     tiles = tiles[:, ::length].reshape(-1, length + 1)
-    batch_size = min(tokens_per_batch // length, len(tiles))
+    losses = in_batches(
+        loss_fn,
+        tiles,
+        tokens_per_batch=tokens_per_batch,
+        batch_multiple=batch_multiple,
+        progress=progress,
+    )
+    return losses.reshape(len(windows.tokens), -1)
+
+
+def sliding_lengths(lengths: Sequence[int]) -> tuple[int, ...]:
+    """Return the lengths that a sliding window can have: at most half the longest window.
+
+    Its targets are the second half of the longest windows, the same at every length.
+    """
+    return tuple(length for length in lengths if 2 * length <= lengths[-1])
+
+
+def sliding_losses(
+    loss_fn: LossFn,
+    windows: Windows,
+    length: int,
+    *,
+    stride: int,
+    tokens_per_batch: int,
+    progress: Callable[[int], object],
+) -> np.ndarray:
+    """Score the second half of the windows with at least `length - stride` tokens of context each.
+
+    It computes length / stride tokens for each that it scores.
+
+    Args:
+        loss_fn: Nats per token f32[B, length] of int32[B, length+1].
+        windows: The tokens to score.
+        length: Tokens of a sliding window, at most half of the windows'.
+        stride: Tokens from one sliding window to the next; each scores its last `stride`.
+        tokens_per_batch: Tokens computed at once.
+        progress: Called with the number of tokens computed since the last call.
+
+    Returns:
+        float32 [N, longest // 2].
+    """
+    longest = windows.tokens.shape[1] - 1
+    num_targets = longest // 2
+    ends = sliding_ends(longest, stride)
+    rows = np.stack([windows.tokens[:, end - length : end + 1] for end in ends], axis=1)
+    losses = in_batches(
+        lambda tokens: np.asarray(loss_fn(tokens))[:, -stride:],
+        rows.reshape(-1, length + 1),
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+    return losses.reshape(len(windows.tokens), -1)[:, -num_targets:]
+
+
+def sliding_ends(longest: int, stride: int) -> np.ndarray:
+    """Ends of the sliding windows whose last `stride` tokens cover the second half, ascending."""
+    return longest - stride * np.arange(-(-(longest // 2) // stride))[::-1]
+
+
+def truncation_windows(longest: int) -> tuple[int | None, ...]:
+    """Windows of the truncation: 32, 64, ... below `longest`, and last None, which cuts nothing."""
+    count = max(0, int(np.ceil(np.log2(longest / SHORTEST_WINDOW))))
+    return (*(SHORTEST_WINDOW << i for i in range(count)), None)
+
+
+def truncated_losses(
+    loss_fn: WindowedLossFn,
+    windows: Windows,
+    window: int | None,
+    *,
+    num_targets: int,
+    tokens_per_batch: int,
+    progress: Callable[[int], object],
+) -> np.ndarray:
+    """Score the last tokens of the windows where attention reaches only so far.
+
+    Args:
+        loss_fn: Nats per token f32[B, longest] of int32[B, longest+1] and the window.
+        windows: The tokens to score.
+        window: In every layer a query sees only keys at a distance below this; None: all.
+        num_targets: Tokens at the end of each window that are scored.
+        tokens_per_batch: Tokens computed at once.
+        progress: Called with the number of tokens computed since the last call.
+
+    Returns:
+        float32 [N, num_targets].
+    """
+    return in_batches(
+        lambda tokens: np.asarray(loss_fn(tokens, window))[:, -num_targets:],
+        windows.tokens,
+        tokens_per_batch=tokens_per_batch,
+        progress=progress,
+    )
+
+
+def position_starts(longest: int, train_length: int) -> tuple[int, ...]:
+    """Starts of ranges of positions: 0, then two an octave, among them the training length."""
+    halves = np.arange(
+        math.ceil(-2 * math.log2(train_length)), math.ceil(2 * math.log2(longest / train_length))
+    )
+    starts = np.unique(np.round(train_length * 2.0 ** (halves / 2)).astype(int))
+    return (0, *(int(start) for start in starts if 0 < start < longest))
+
+
+def in_batches(
+    function: Callable[[np.ndarray], Any],
+    rows: np.ndarray,
+    *,
+    tokens_per_batch: int,
+    batch_multiple: int = 1,
+    progress: Callable[[int], object],
+) -> np.ndarray:
+    """Call a function on rows of tokens, a batch at a time.
+
+    Args:
+        function: From int32[B, L+1] to an array [B, ...]; B is the same in every call.
+        rows: int32 [N, L+1].
+        tokens_per_batch: B * L is at most this, if that leaves a row.
+        batch_multiple: B is a multiple of this, even if that takes more tokens.
+        progress: Called with L times the number of rows that were new.
+
+    Returns:
+        float32 [N, ...].
+    """
+    length = rows.shape[1] - 1
+    batch_size = min(tokens_per_batch // length, len(rows))
     batch_size = max(1, -(-batch_size // batch_multiple)) * batch_multiple
-    losses = []
-    for start in range(0, len(tiles), batch_size):
+    results = []
+    for start in range(0, len(rows), batch_size):
         # The last batch is filled with repeats, for one shape and so one compilation per length.
-        rows = np.arange(start, start + batch_size) % len(tiles)
-        num_new = min(batch_size, len(tiles) - start)
-        losses.append(np.asarray(loss_fn(tiles[rows]), np.float32)[:num_new])
+        index = np.arange(start, start + batch_size) % len(rows)
+        num_new = min(batch_size, len(rows) - start)
+        results.append(np.asarray(function(rows[index]), np.float32)[:num_new])
         progress(num_new * length)
-    return np.concatenate(losses).reshape(len(windows.tokens), -1)
-
-
-def _unit(packing: str) -> str:
-    return {"documents": "document", "stream": "piece"}[packing]
-
-
-def _offsets(split: TokenizedDocuments, packing: str) -> np.ndarray:
-    """Bounds that no window crosses; the stream is one long document."""
-    return np.array([0, len(split.tokens)]) if packing == "stream" else split.offsets
-
-
-def _capacity(offsets: np.ndarray, length: int) -> np.ndarray:
-    """Windows of `length` targets that each document holds, int [num_documents]."""
-    return np.maximum(np.diff(offsets) - 1, 0) // length
-
-
-def _num_units(split: TokenizedDocuments, length: int, packing: str) -> int:
-    """Units with a window of this length: documents, or pieces of the stream."""
-    capacity = _capacity(_offsets(split, packing), length)
-    return int(capacity.sum() if packing == "stream" else np.count_nonzero(capacity))
-
-
-def _shares(capacity: np.ndarray, num_windows: int) -> np.ndarray:
-    """Windows to take from each document: one from each, then a second from each, and so on."""
-    share = np.zeros_like(capacity)
-    while num_windows > 0 and (open_documents := np.flatnonzero(capacity > share)).size:
-        count = min(num_windows, len(open_documents))
-        share[open_documents[_spread(len(open_documents), count)]] += 1
-        num_windows -= count
-    return share
-
-
-def _spread(total: int, count: int) -> np.ndarray:
-    """`count` of the indices 0..total-1, evenly spaced and centred, int64 [count]."""
-    return (2 * np.arange(count) + 1) * total // (2 * count)
+    return np.concatenate(results)

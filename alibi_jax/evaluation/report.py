@@ -1,10 +1,9 @@
-"""From token losses to the numbers of `extrapolation.json` and the table on the screen."""
+"""From token losses to the numbers of `extrapolation.json`."""
 
 import json
 import math
 import platform
-import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,9 @@ import jax
 import numpy as np
 
 from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
-from alibi_jax.evaluation.protocols import Windows
-from alibi_jax.evaluation.verdict import Entry, percent, relative_change, verdict
+from alibi_jax.evaluation.verdict import Entry, Level, verdict
+from alibi_jax.evaluation.windows import Windows
 from alibi_jax.files import write_text
-
-_WIDTH = 100  # columns of the table
 
 
 def summarize(
@@ -47,11 +44,11 @@ def summarize(
     counts = resamples(num_documents, num_bootstrap)
 
     def entries(select: slice) -> list[Entry]:
-        return _entries(
-            {length: losses[length][:, select] for length in sorted(losses)},
+        return by_length(
+            {length: losses[length][:, select] for length in losses},
+            train_length,
             windows.document,
             counts,
-            train_length=train_length,
             bits_per_nat=1 / (math.log(2) * bytes_per_token),
         )
 
@@ -64,6 +61,7 @@ def summarize(
         ),
         "num_windows": len(windows.tokens),
         "num_documents": num_documents,
+        "windows_per_document": windows.per_document,
         "unit": windows.unit,
         "num_tokens": windows.tokens[:, 1:].size,
         "num_targets": num_targets,
@@ -71,79 +69,63 @@ def summarize(
     }
 
 
-def _entries(
-    losses: Mapping[int, np.ndarray],
+def compared(
+    losses: Mapping[Any, np.ndarray],
+    reference: Any,
     document: np.ndarray,
     counts: np.ndarray,
     *,
-    train_length: int,
     bits_per_nat: float,
-) -> list[Entry]:
-    """One protocol: `losses` holds its [N, P] tokens at each length, P the same at all."""
-    nats = {length: document_sums(values, document) for length, values in losses.items()}
-    tokens = document_sums(np.ones_like(losses[train_length]), document)
-    train = nats[train_length]
+) -> dict[Any, Level]:
+    """Reduce losses of the same tokens in several settings to levels, and changes against one.
 
-    def entry(length: int) -> Entry:
-        level, change = nats[length], nats[length] - train
+    Args:
+        losses: For each setting, nats per token [N, P].
+        reference: The setting with which the others are compared.
+        document: int [N], the document of each window.
+        counts: From `resamples`.
+        bits_per_nat: Bits per byte for each nat per token.
+
+    Returns:
+        For each setting its level and, in pairs, its change.
+    """
+    nats = {setting: document_sums(values, document) for setting, values in losses.items()}
+    tokens = document_sums(np.ones_like(losses[reference]), document)
+    base = nats[reference]
+
+    def level(total: np.ndarray) -> Level:
+        change = total - base
         return {
-            "length": length,
-            "nats_per_token": _ratio(level, tokens),
-            "interval": interval(level, tokens, counts),
-            "bits_per_byte": _ratio(level * bits_per_nat, tokens),
-            "change": _ratio(change, tokens),
+            "nats_per_token": ratio(total, tokens),
+            "interval": interval(total, tokens, counts),
+            "bits_per_byte": ratio(total * bits_per_nat, tokens),
+            "change": ratio(change, tokens),
             "change_interval": interval(change, tokens, counts),
-            "relative_change": _ratio(change, train),
-            "relative_change_interval": interval(change, train, counts),
+            "relative_change": ratio(change, base),
+            "relative_change_interval": interval(change, base, counts),
+            "document_nats": [finite(nats) for nats in total],
         }
 
     # A model beyond its length may well return infinities; they become None.
     with np.errstate(invalid="ignore"):
-        return [entry(length) for length in losses]
+        return {setting: level(total) for setting, total in nats.items()}
 
 
-def _ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | None:
+def by_length(losses: Mapping[int, np.ndarray], *args: Any, **kwargs: Any) -> list[Entry]:
+    """Reduce the losses of every length as `compared` does, to entries from short to long."""
+    levels = compared(losses, *args, **kwargs)
+    return [{"length": length, **levels[length]} for length in sorted(levels)]
+
+
+def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | None:
     """Ratio of two totals; None if it is not finite."""
     total = float(denominator.sum())
-    ratio = float(numerator.sum()) / total if total else math.nan
-    return ratio if math.isfinite(ratio) else None
+    return finite(float(numerator.sum()) / total if total else math.nan)
 
 
-def table(summary: Mapping[str, Any]) -> str:
-    """Write a summary as plain text of at most 100 columns that ends with the verdict."""
-    protocols = summary["protocols"]
-    lines = [
-        f"{'':16}{'nonoverlapping windows':<28}fixed targets (the last {summary['num_targets']} "
-        "tokens of each window)",
-        f"{'tokens':>8}{'x':>6}  {'bits/byte':>9}  {'loss change':<17}{'bits/byte':>9}  "
-        "loss change [95% interval]",
-    ]
-    for window, fixed in zip(protocols["nonoverlapping"], protocols["fixed_targets"], strict=True):
-        length = window["length"]
-        trained = length == summary["train_length"]
-        change = "" if trained else _or(percent, window["relative_change"])
-        fixed_change = "(training length)" if trained else relative_change(fixed)
-        lines.append(
-            f"{length:>8}{length / summary['train_length']:>6g}  "
-            f"{_or('{:.4f}'.format, window['bits_per_byte']):>9}  {change:<17}"
-            f"{_or('{:.4f}'.format, fixed['bits_per_byte']):>9}  {fixed_change}"
-        )
-    longest = protocols["nonoverlapping"][-1]["length"]
-    lines += [
-        f"{_plural(summary['num_windows'], 'window')} of {longest} tokens from "
-        f"{_plural(summary['num_documents'], summary['unit'])}.",
-        "",
-        *textwrap.wrap(summary["verdict"]["text"], _WIDTH),
-    ]
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _or(write: Callable[[float], str], number: float | None) -> str:
-    return "not finite" if number is None else write(number)
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+def finite(value: float) -> float | None:
+    """The value as JSON holds it: None if it is not finite."""
+    return float(value) if math.isfinite(value) else None
 
 
 def write_json(summary: Mapping[str, Any], path: Path) -> None:

@@ -7,17 +7,23 @@ from typing import Any, TypedDict
 TOLERANCE = 0.01  # the loss holds while it is at most this fraction above the training length's
 
 
-class Entry(TypedDict):
-    """One length under one protocol; None stands for a number that is not finite or not known."""
+class Level(TypedDict):
+    """A loss and its change against another; None: a number is not finite or not known."""
 
-    length: int  # tokens of a window
     nats_per_token: float | None
     interval: list[float] | None  # 95%, nats per token
     bits_per_byte: float | None
-    change: float | None  # against the training length, nats per token
+    change: float | None  # against the other loss, nats per token
     change_interval: list[float] | None  # 95%, paired
-    relative_change: float | None  # against the training length, as a fraction of its loss
+    relative_change: float | None  # as a fraction of the other loss
     relative_change_interval: list[float] | None  # 95%, paired
+    document_nats: list[float | None]  # total of each document, from which runs can be compared
+
+
+class Entry(Level):
+    """One length under one protocol; the other loss is that of the training length."""
+
+    length: int  # tokens of a window
 
 
 def percent(fraction: float) -> str:

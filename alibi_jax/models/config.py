@@ -22,11 +22,33 @@ class DecoderConfig:
     head_dim: int | None = None  # None: embed_dim / num_heads
     mlp_dim: int | None = None  # hidden units of the MLP; None: 4 * embed_dim
 
-    # Position.
-    position: Literal["alibi", "sinusoidal", "none"] = "alibi"  # the position method
-    bias_max: float = 8.0  # alibi: slopes run down to 2^-bias_max (MPT's alibi_bias_max)
+    # Position: the method, then options that only the methods named have.
+    position: Literal[
+        "alibi",
+        "sinusoidal",
+        "learned",
+        "rotary",
+        "t5",
+        "kerple_log",
+        "kerple_power",
+        "fire",
+        "none",
+        "bam",
+        "forgetting",
+    ] = "alibi"
+    bias_max: float = 8.0  # alibi, bam: slopes run down to 2^-bias_max (MPT's alibi_bias_max)
     slopes: tuple[float, ...] | None = None  # alibi: slopes given one by one; None: the standard
     slope_scale: float = 1.0  # alibi: factor on every slope (Falcon-RW: 1/sqrt(head_dim))
+    alibi_heads: int | None = None  # alibi: only so many heads have the bias; None: all
+    learned_slopes: bool = False  # alibi: each layer learns its slopes, from those above on
+    sink: bool = False  # alibi: the first token of the row is at distance 0 from all
+    # alibi, rotary: how rows longer than those of training are squeezed. It is always on, so set it
+    # for the evaluation of a trained model. "yarn" is rotary's alone.
+    length_scaling: Literal["none", "linear", "dynamic", "ntk", "yarn"] = "none"
+    scaling_factor: float = 1.0  # by how many times longer, for "linear", "ntk" and "yarn"
+    # Tokens of a training sequence, which "learned" has positions for, and "dynamic" and "yarn"
+    # scale by. None in a training config: data.sequence_length.
+    trained_length: int | None = None
 
     # Block.
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # before attention, MLP and the head
@@ -78,9 +100,24 @@ class DecoderConfig:
         return 4 * self.embed_dim if self.mlp_dim is None else self.mlp_dim
 
     @property
+    def biased_heads(self) -> int:
+        """Heads that ALiBi gives a slope, with the default filled."""
+        return self.num_heads if self.alibi_heads is None else self.alibi_heads
+
+    @property
+    def needs_trained_length(self) -> bool:
+        """Whether the position method cannot do without `trained_length`."""
+        return self.position == "learned" or self.length_scaling in ("dynamic", "yarn")
+
+    @property
     def uses_dropout(self) -> bool:
         """Whether training needs a key."""
         return max(self.dropout, self.mlp_dropout, self.adaptive_dropout) > 0.0
+
+    def with_position(self, position: str) -> "DecoderConfig":
+        """The same model with another position method; options that it lacks get their defaults."""
+        lost = {name: _default(name) for name, have in OPTIONS.items() if position not in have}
+        return dataclasses.replace(self, position=position, **lost)  # type: ignore[arg-type]
 
     def band_dims(self) -> tuple[int, ...]:
         """Width of the embeddings of each adaptive band, from frequent to rare words."""
@@ -91,7 +128,8 @@ class DecoderConfig:
         """Raises UserError for values that no model can have."""
         for name in ("num_layers", "embed_dim", "num_heads"):
             _at_least_one(name, getattr(self, name))
-        for name in ("vocab_size", "num_kv_heads", "head_dim", "mlp_dim"):
+        optional = ("vocab_size", "num_kv_heads", "head_dim", "mlp_dim", "trained_length")
+        for name in optional:
             if (value := getattr(self, name)) is not None:
                 _at_least_one(name, value)
         require(
@@ -129,12 +167,65 @@ class DecoderConfig:
                 all(0.0 <= slope < float("inf") for slope in self.slopes),
                 f"config.model.slopes={self.slopes}: finite numbers, at least 0",
             )
+        self._validate_position()
+        if self.adaptive_cutoffs is not None:
+            self._validate_bands(self.adaptive_cutoffs)
+
+    def _validate_position(self) -> None:
+        for name, methods in OPTIONS.items():
+            require(
+                self.position in methods or getattr(self, name) == _default(name),
+                f"config.model.{name}={getattr(self, name)} is an option of "
+                f"{' and '.join(methods)}, not of position={self.position}: leave it out",
+            )
         require(
             self.position != "sinusoidal" or self.embed_dim % 2 == 0,
             f"config.model.embed_dim={self.embed_dim} is odd: sinusoidal positions need it even",
         )
-        if self.adaptive_cutoffs is not None:
-            self._validate_bands(self.adaptive_cutoffs)
+        require(
+            self.position != "rotary" or self.head_size % 2 == 0,
+            f"config.model.head_dim={self.head_size} is odd: rotary positions turn its dimensions "
+            "two by two, so change head_dim, or embed_dim or num_heads",
+        )
+        if self.alibi_heads is not None:
+            require(
+                1 <= self.alibi_heads <= self.num_heads,
+                f"config.model.alibi_heads={self.alibi_heads}: from 1 to num_heads="
+                f"{self.num_heads}; for no bias at all set position=none",
+            )
+            require(
+                self.slopes is None,
+                f"config.model.alibi_heads={self.alibi_heads} with slopes={self.slopes}: give one "
+                "of the two; a slope of 0 leaves a head without bias",
+            )
+        require(
+            not self.learned_slopes or (self.slope_scale > 0 and min(self.slopes or (1.0,)) > 0),
+            f"config.model.learned_slopes=true with slopes={self.slopes}, slope_scale="
+            f"{self.slope_scale}: slopes are learned by their logarithm, so all must be above 0",
+        )
+        self._validate_scaling()
+
+    def _validate_scaling(self) -> None:
+        require(
+            self.length_scaling != "yarn" or self.position == "rotary",
+            f"config.model.length_scaling=yarn is rotary's, position={self.position} has none, "
+            "linear, dynamic and ntk: choose one",
+        )
+        given = (
+            f"config.model.length_scaling={self.length_scaling} with scaling_factor="
+            f"{self.scaling_factor}"
+        )
+        if self.length_scaling in ("linear", "ntk", "yarn"):
+            require(
+                1.0 < self.scaling_factor < float("inf"),
+                f"{given}: the factor is by how many times rows are longer than in training, a "
+                "finite number above 1",
+            )
+        else:
+            require(
+                self.scaling_factor == 1.0,
+                f"{given}: only linear, ntk and yarn take a factor; leave it out or choose one",
+            )
 
     def _validate_bands(self, cutoffs: tuple[int, ...]) -> None:
         given = f"config.model.adaptive_cutoffs={cutoffs}"
@@ -157,6 +248,23 @@ class DecoderConfig:
             f"{given}: adaptive input and softmax share their weights and have no scale; set "
             "tie_embeddings=true and logit_scale=1",
         )
+
+
+# Options of the position methods, and which methods have them.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "bias_max": ("alibi", "bam"),
+    "slopes": ("alibi",),
+    "slope_scale": ("alibi",),
+    "alibi_heads": ("alibi",),
+    "learned_slopes": ("alibi",),
+    "sink": ("alibi",),
+    "length_scaling": ("alibi", "rotary"),
+    "scaling_factor": ("alibi", "rotary"),
+}
+
+
+def _default(name: str) -> object:
+    return next(field.default for field in dataclasses.fields(DecoderConfig) if field.name == name)
 
 
 def _at_least_one(name: str, value: int) -> None:

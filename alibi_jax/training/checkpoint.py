@@ -4,24 +4,30 @@ A checkpoint holds the whole state, the position in the data and the config. Eve
 what its devices hold. Orbax writes under a temporary name and renames it, so that a directory named
 by a step is always whole; should one be damaged later, the newest that every process can read is
 used instead, on any mesh and any number of processes.
+
+A process that cannot write its part raises at its next `check`, `save` or `wait`. The others, whose
+threads wait for that part, then end with it (`distributed.end`).
 """
 
+import concurrent.futures
 import contextlib
 import itertools
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from alibi_jax.distributed import any_process, from_main, is_lost_peer
+from alibi_jax.distributed import any_process, from_main, is_lost_peer, is_main
 from alibi_jax.errors import UserError
 from alibi_jax.training.state import TrainState
 from alibi_jax.training.workdir import checkpoint_steps
 
 _STATE = "state"
+_UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of what is being written or removed
 
 
 class Restored(NamedTuple):
@@ -34,50 +40,78 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Writes checkpoints `DIR/STEP` in the background and keeps the newest few."""
+    """Writes checkpoints `DIR/STEP` in the background and keeps the newest few.
+
+    Use it in a `with`, whose end waits for the last one: except where one of several processes has
+    met an error, since the part of another may never come.
+    """
 
     def __init__(self, directory: Path, keep: int, config: dict[str, Any] | None = None):
-        """Makes the directory; `config` is kept in every checkpoint, to tell what it is of."""
+        """Makes the directory and frees it of what a killed run left half done.
+
+        `config` is kept in every checkpoint, to tell what it is of.
+        """
         _quiet()
-        self._directory, self._config = directory, config
+        self._directory, self._keep, self._config = directory, keep, config
         with self._writing():
-            directory.mkdir(parents=True, exist_ok=True)
-            self._orbax = ocp.training.Checkpointer(
-                directory.absolute(),
-                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-                cleanup_tmp_directories=True,
-            )
-        self._pending: ocp.AsyncResponse[bool] | None = None
+            self._latest = from_main(self._prepare)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: concurrent.futures.Future[int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        wait = kind is None or jax.process_count() == 1
+        self._thread.shutdown(wait)
+        if wait:
+            self.wait()
 
     @property
     def latest(self) -> Path | None:
-        """The newest finished checkpoint."""
+        """The newest finished checkpoint; waits for the one that is being written."""
         self.wait()
-        latest = self._orbax.latest
-        return None if latest is None else self._directory / str(latest.step)
+        return None if self._latest is None else self._directory / str(self._latest)
 
     def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
         """Starts to save; arrays are copied before it returns. Does nothing if step is saved."""
-        latest = self._orbax.latest
-        if latest is not None and latest.step == step:
+        self.wait()
+        if step == self._latest:
             return
         about = {"position": position, "config": self._config}
-        with self._writing():
-            self._pending = self._orbax.save_checkpointables_async(
-                step, {_STATE: state}, force=True, custom_metadata=about
+        # What makes the directory fails here, before threads of Orbax wait for it.
+        options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+        with self._writing(), ocp.Context(async_options=options):
+            response = ocp.save_checkpointables_async(
+                (self._directory / str(step)).absolute(), {_STATE: state}, custom_metadata=about
             )
+        self._pending = self._thread.submit(self._finish, step, response)
+
+    def check(self) -> None:
+        """Raises what went wrong in the background, if anything did so far; never waits."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def wait(self) -> None:
         """Returns once nothing is being written."""
-        if self._pending is not None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
             with self._writing():
-                self._pending.result()
-            self._pending = None
+                self._latest = pending.result()
 
-    def close(self) -> None:
-        """Waits, then frees what the checkpointer holds."""
-        self.wait()
-        self._orbax.close()
+    def _prepare(self) -> int | None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        for path in self._directory.glob(f"*{_UNFINISHED}"):
+            shutil.rmtree(path)
+        return next(iter(checkpoint_steps(self._directory)), None)
+
+    def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> int:
+        response.result()
+        if is_main():
+            for old in checkpoint_steps(self._directory)[self._keep :]:
+                path = self._directory / str(old)
+                shutil.rmtree(path.rename(f"{path}{_UNFINISHED}"))
+        return step
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

@@ -4,12 +4,13 @@ import array
 import json
 import math
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import tqdm
 
 from alibi_jax.distributed import is_main
 from alibi_jax.files import write_text
+from alibi_jax.training import events
 from alibi_jax.training.goodput import Clock, percentiles
 from alibi_jax.training.step import Metrics
 
@@ -35,34 +36,33 @@ class Logs:
         validation_bytes_per_token: float,
         clock: Clock,
         peak_seconds: float | None = None,
+        bar: tqdm.tqdm | None = None,
     ):
         """Continues the logs of `workdir` after step `start`; later entries are dropped.
 
         `clock` gives the time of steps. `peak_seconds` is what one takes at the peak of the
-        devices, for MFU; None: not known, and MFU is left out.
+        devices, for MFU; None: not known, and MFU is left out. `bar` counts the steps of several
+        runs and stays open; None: a bar of this run's own.
         """
-        import tensorboardX
-
         writes = is_main()
+        self._file, self._events = workdir / self.METRICS, Path()
         kept: list[dict[str, Any]] = []
-        self._file: TextIO | None = None
         if writes:
-            kept, self._file = _truncated(workdir / self.METRICS, start)
-        # The suffix: two files of one second would have one name.
-        self._board = tensorboardX.SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=start + 1,
-            filename_suffix=f".{start}",
-            write_to_disk=writes,
-        )
-        self._bar = tqdm.tqdm(
-            total=num_steps,
-            initial=start,
-            desc="training",
-            unit="step",
-            dynamic_ncols=True,
-            disable=not writes,
-        )
+            kept = _truncate(self._file, start)
+            self._events = events.begin(workdir / "tensorboard", start)
+        self._owns_bar = bar is None
+        if bar is None:
+            bar = tqdm.tqdm(
+                total=num_steps,
+                initial=start,
+                desc="training",
+                unit="step",
+                dynamic_ncols=True,
+                disable=not writes,
+            )
+        else:  # steps of earlier sessions took no time now
+            bar.n, bar.initial = bar.n + start, bar.initial + start
+        self._bar = bar
         self._train_bits = 1.0 / (math.log(2.0) * bytes_per_token)  # per byte, of a nat per token
         self._validation_bits = 1.0 / (math.log(2.0) * validation_bytes_per_token)
         self._clock, self._peak_seconds = clock, peak_seconds
@@ -112,28 +112,26 @@ class Logs:
             self._bar.write(text)
 
     def close(self) -> None:
-        """Ends the bar and closes the files."""
-        self._bar.close()
-        if self._file is not None:
-            self._file.close()
-        self._board.close()
+        """Ends a bar of its own."""
+        if self._owns_bar:
+            self._bar.close()
 
     def _begin_interval(self) -> None:
         self._step_seconds, self._seconds, self._tokens = array.array("d"), 0.0, 0.0
 
     def _write(self, step: int, values: dict[str, float], group: str) -> None:
-        if self._file is None:
+        if not is_main():
             return
         # JSON has no nan and no infinity; they become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step} | finite) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(f"{group}/{name}", value, step)
+        with self._file.open("a") as file:
+            file.write(json.dumps({"step": step} | finite) + "\n")
+        scalars = {f"{group}/{name}": value for name, value in values.items()}
+        events.append(self._events, step, scalars)
 
 
-def _truncated(path: Path, last_step: int) -> tuple[list[dict[str, Any]], TextIO]:
-    """Entries up to `last_step`, and the file with these alone, open for appending."""
+def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """Leaves the entries up to `last_step` alone in the file, and gives them."""
     entries, lines = [], []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
@@ -144,4 +142,4 @@ def _truncated(path: Path, last_step: int) -> tuple[list[dict[str, Any]], TextIO
         except (ValueError, TypeError, KeyError):  # torn: the process was killed as it wrote it
             continue
     write_text(path, "".join(lines))
-    return entries, path.open("a")
+    return entries

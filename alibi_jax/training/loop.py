@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import optax
+import tqdm
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
@@ -133,6 +134,7 @@ def train(
     *,
     clock: Clock | None = None,
     profile: range = NEVER,
+    bar: tqdm.tqdm | None = None,
 ) -> tuple[TrainState, bool]:
     """Trains to `config.training.num_steps`, resuming what `directory` holds.
 
@@ -143,6 +145,7 @@ def train(
       directory: the run's.
       clock: what the time of the run is counted on; None: one of its own.
       profile: the steps to trace, counted from 0.
+      bar: counts the steps of several runs; None: one of this run's own is shown.
 
     Returns:
       The state, and whether training is complete: False after Ctrl-C or SIGTERM, with everything
@@ -175,7 +178,7 @@ def train(
     saver = checkpoint.Checkpointer(checkpoints, training.keep_checkpoints, config.to_dict())
     with workdir.writing(directory), contextlib.ExitStack() as stack:
         stack.callback(clock.write, directory)
-        stack.callback(saver.close)
+        stack.enter_context(saver)
         stack.callback(batches.close)
         profiler = Profiler(directory / DIRECTORY, profile)
         stack.callback(profiler.close)
@@ -187,6 +190,7 @@ def train(
             validation_bytes_per_token=corpus.valid.bytes_per_token(config.data.packing),
             clock=clock,
             peak_seconds=_peak_seconds(config),
+            bar=bar,
         )
         stack.callback(logs.close)
         in_a_row = 0  # steps whose loss or gradient was not finite
@@ -208,6 +212,7 @@ def train(
         wait_for_all()
         with _stop_signal() as stopped, clock.spend("steps"):
             while step < training.num_steps and not vote(stopped()):
+                saver.check()
                 profiler.at(step, state)
                 with clock.spend("input"):
                     batch = to_devices(next(batches), program.batch_sharding, num_rows)

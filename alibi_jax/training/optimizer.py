@@ -5,7 +5,9 @@ import optax
 
 from alibi_jax.config import OptimizerConfig
 
-NOT_DECAYED = ("bias", "scale")  # parameters of norms, and biases
+# Biases, parameters of norms, and what a position method learns: slopes and the like, which have a
+# meaning of their own at 0.
+NOT_DECAYED = ("bias", "scale", "position")
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
@@ -22,7 +24,7 @@ def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Sch
 
 
 def decay_mask(params):
-    """True for each parameter that weight decay applies to: matrices, not norms and biases.
+    """True for each parameter that weight decay applies to: matrices, not norms, biases, positions.
 
     By name: parameters of stacked layers have an extra axis, so their rank says nothing.
     """

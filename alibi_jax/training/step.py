@@ -109,16 +109,17 @@ def _choose(finite: jax.Array, after: Any, before: Any) -> Any:
 def make_loss_fn(
     graphdef: nnx.GraphDef,
 ) -> jax.stages.Wrapped:
-    """Returns the jitted `losses(params, tokens, segment_ids=None) -> f32[B, T]` in nats.
+    """Returns the jitted `losses(params, tokens, segment_ids=None, window=None) -> f32[B, T]`.
 
-    tokens and segment_ids are i32[B, T+1]; losses[b, t] is that of tokens[b, t+1] given those
-    before it. It compiles once for each shape.
+    tokens and segment_ids are i32[B, T+1]; losses[b, t] is that of tokens[b, t+1] in nats, given
+    those before it, or given the last `window` of them. It compiles once for each shape, and once
+    more for all windows.
     """
 
     @jax.jit
-    def losses(params, tokens, segment_ids=None):
+    def losses(params, tokens, segment_ids=None, window=None):
         model = nnx.merge(graphdef, params)
         ids = None if segment_ids is None else segment_ids[:, :-1]
-        return model.token_losses(tokens[:, :-1], tokens[:, 1:], segment_ids=ids)[0]
+        return model.token_losses(tokens[:, :-1], tokens[:, 1:], segment_ids=ids, window=window)[0]
 
     return losses

@@ -250,14 +250,14 @@ def test_transfers_stop_where_the_slope_does(small_tiles, monkeypatch, causal, e
 # The table
 
 
-def ranges_over_devices(query, key, m, scale, **options):
+def ranges_over_devices(query, key, bias, scale, **options):
     """`key_ranges` of sequences over 8 devices, whose chunks are of whole tiles."""
     static = {n: options.pop(n) for n in ("causal", "tolerance", "query_tile", "key_tile")}
     options = {name: x for name, x in options.items() if x is not None}
     missing = {n: None for n in ("segment_ids", "key_segment_ids") if n not in options}
 
     def of_device(query, key, options):
-        return key_ranges(query, key, m, scale, axis="context", **options, **missing, **static)
+        return key_ranges(query, key, bias, scale, axis="context", **options, **missing, **static)
 
     along = P(None, "context")
     with jax.set_mesh(mesh_of(1, 1, 8)):

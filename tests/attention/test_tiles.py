@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alibi_jax import attention, slopes
+from alibi_jax.attention.biases import LinearBias
 from alibi_jax.attention.tiles import key_ranges
 
 TILES = {"query_tile": 64, "key_tile": 32}
@@ -27,7 +28,9 @@ def kept_ranges(query, key, m, tolerance, *, scale=1.0, causal=True, **tokens):
     } | tokens
     given = {name: x if x is None else jnp.asarray(x, jnp.int32) for name, x in given.items()}
     first, end = ranges(
-        *(jnp.asarray(x, jnp.float32) for x in (query, key, m, scale)),
+        *(jnp.asarray(x, jnp.float32) for x in (query, key)),
+        LinearBias(jnp.asarray(m, jnp.float32)),
+        jnp.float32(scale),
         causal=causal,
         tolerance=tolerance,
         **TILES,

@@ -1,14 +1,19 @@
 """What is saved comes back bit for bit, on any mesh, and damage costs one checkpoint at most."""
 
 import dataclasses
+import errno
 import gc
 import logging
+import os
 import shutil
+import threading
+import time
 import warnings
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from alibi_jax import distributed
 from alibi_jax.config import OptimizerConfig
@@ -17,6 +22,7 @@ from alibi_jax.sharding import MESH_AXES
 from alibi_jax.training.checkpoint import Checkpointer, restore
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
+from alibi_jax.training.workdir import checkpoint_steps
 
 # Reading damage leaves coroutines of Orbax and Zarr behind, which `quiet` collects here.
 pytestmark = [
@@ -67,10 +73,10 @@ def saved(folder, model, meshes):
     """Saves states of seeds 1, 2, ... as the checkpoints of steps 10, 20, ..."""
 
     def save(*steps, keep=10):
-        saver = Checkpointer(folder, keep)
-        for step in steps:
-            saver.save(step, make(model, meshes[8, 1, 1], step // 10), POSITION | {"step": step})
-        saver.close()
+        with Checkpointer(folder, keep) as saver:
+            for step in steps:
+                state = make(model, meshes[8, 1, 1], step // 10)
+                saver.save(step, state, POSITION | {"step": step})
 
     return save
 
@@ -125,20 +131,18 @@ def test_keeps_the_newest(folder, saved, keep):
 
 def test_saving_a_step_twice_is_once(folder, saved, model, meshes, to_numpy):
     saved(10)
-    saver = Checkpointer(folder, 2)
-    assert saver.latest == folder / "10"
-    saver.save(10, make(model, meshes[8, 1, 1], 9), POSITION)
-    saver.close()
+    with Checkpointer(folder, 2) as saver:
+        assert saver.latest == folder / "10"
+        saver.save(10, make(model, meshes[8, 1, 1], 9), POSITION)
     state = restore(folder, make_abstract(model, meshes[8, 1, 1])).state
     same(to_numpy, make(model, meshes[8, 1, 1], 1), state)
 
 
 def test_latest(folder, model, meshes):
-    saver = Checkpointer(folder, 2)
-    assert saver.latest is None
-    saver.save(3, make(model, meshes[8, 1, 1]), POSITION)
-    assert saver.latest == folder / "3"  # waits for the one being written
-    saver.close()
+    with Checkpointer(folder, 2) as saver:
+        assert saver.latest is None
+        saver.save(3, make(model, meshes[8, 1, 1]), POSITION)
+        assert saver.latest == folder / "3"  # waits for the one being written
 
 
 def largest(path):
@@ -239,11 +243,48 @@ def test_leftover_of_a_killed_save(folder, saved, model, meshes):
     (leftover / "commit_success.txt").unlink(missing_ok=True)
     truncate(leftover)
     assert restore(folder, make_abstract(model, meshes[8, 1, 1])).step == 10
-    saver = Checkpointer(folder, 2)
-    saver.save(20, make(model, meshes[8, 1, 1], 2), POSITION)
-    saver.close()
+    (folder / "5.orbax-checkpoint-tmp").mkdir()  # of a removal
+    with Checkpointer(folder, 2) as saver:
+        assert sorted(path.name for path in folder.iterdir()) == ["10"]
+        saver.save(20, make(model, meshes[8, 1, 1], 2), POSITION)
     assert sorted(path.name for path in folder.iterdir()) == ["10", "20"]
     assert restore(folder, make_abstract(model, meshes[8, 1, 1])).step == 20
+
+
+def test_a_removal_cut_short(folder, saved, monkeypatch):
+    """A directory named by a step is whole, even then."""
+
+    def cut_short(path):
+        largest(path).unlink()
+        raise OSError("cut short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cut_short)
+        with pytest.raises(UserError, match=r"cannot write a checkpoint in .*cut short"):
+            saved(10, 20, keep=1)
+    assert checkpoint_steps(folder) == [20]
+    with Checkpointer(folder, 1) as saver:
+        assert saver.latest == folder / "20"
+    assert [path.name for path in folder.iterdir()] == ["20"]
+
+
+def test_what_fails_in_the_background_is_told_soon(folder, model, meshes, monkeypatch):
+    started = threading.Event()
+
+    class Response:
+        def result(self):
+            started.wait()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(ocp, "save_checkpointables_async", lambda *_, **__: Response())
+    with Checkpointer(folder, 2) as saver:
+        saver.save(10, make(model, meshes[8, 1, 1]), POSITION)
+        saver.check()  # nothing to tell yet
+        started.set()
+        with pytest.raises(UserError, match="No space left on device"):
+            for _ in range(1000):
+                saver.check()
+                time.sleep(0.01)
 
 
 def test_arrays_are_copied_before_training_goes_on(folder, model, meshes, to_numpy):
@@ -260,15 +301,15 @@ def test_arrays_are_copied_before_training_goes_on(folder, model, meshes, to_num
         ),
         donate_argnums=0,
     )
-    saver, copies = Checkpointer(folder, 5), {}
-    for number in range(1, 4):
-        copies[number], old = to_numpy(state), jax.tree.leaves(state.params)
-        saver.save(number, state, POSITION)
-        for _ in range(3):
-            state = step(state)
-        jax.block_until_ready(state)
-        assert all(leaf.is_deleted() for leaf in old)
-    saver.close()
+    copies = {}
+    with Checkpointer(folder, 5) as saver:
+        for number in range(1, 4):
+            copies[number], old = to_numpy(state), jax.tree.leaves(state.params)
+            saver.save(number, state, POSITION)
+            for _ in range(3):
+                state = step(state)
+            jax.block_until_ready(state)
+            assert all(leaf.is_deleted() for leaf in old)
     for number in (3, 2, 1):
         restored = restore(folder, abstract)
         assert restored.step == number
@@ -285,12 +326,11 @@ def test_a_lost_process_is_not_a_full_disk(folder, model, meshes, monkeypatch):
     def fail(*args, **kwargs):
         raise ValueError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
 
-    monkeypatch.setattr(saver._orbax, "save_checkpointables_async", fail)
+    monkeypatch.setattr(ocp, "save_checkpointables_async", fail)
     monkeypatch.setattr(distributed, "_client", lambda: "one of several processes")
     with pytest.raises(ValueError, match=r"^UNKNOWN: Gloo") as caught:
         saver.save(1, state, POSITION)
     assert not isinstance(caught.value, UserError)
-    saver.close()
 
 
 def test_no_folder(folder):

@@ -9,6 +9,7 @@ import pytest
 
 from alibi_jax.training.goodput import Clock
 from alibi_jax.training.logs import Logs
+from tests.disks import disk as disk
 
 
 def metrics(loss=2.0, tokens=100.0):
@@ -32,8 +33,11 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def events(folder):
-    """Gives {(tag, step): value} as TensorBoard shows them; checks every length and CRC."""
+def events(folder, whole=True):
+    """Gives {(tag, step): value} as TensorBoard shows them; checks every length and CRC.
+
+    What is not `whole` may end within an event.
+    """
     from tensorboardX.crc32c import crc32c
     from tensorboardX.proto.event_pb2 import Event
 
@@ -46,7 +50,10 @@ def events(folder):
         data, at = path.read_bytes(), 0
         while at < len(data):
             header = data[at : at + 8]
-            (length,) = struct.unpack("<Q", header)
+            (length,) = struct.unpack("<Q", header.ljust(8, b"\0"))
+            if not whole and len(data) < at + 16 + length:
+                at = len(data)
+                break
             (header_crc,) = struct.unpack("<I", data[at + 8 : at + 12])
             body = data[at + 12 : at + 12 + length]
             (body_crc,) = struct.unpack("<I", data[at + 12 + length : at + 16 + length])
@@ -66,8 +73,7 @@ def test_values(tmp_path):
     assert logs.train(1, metrics(loss=3.0), write=False) == 3.0
     assert logs.train(2, metrics(loss=2.0), write=True) == 2.0
     logs.validation(2, 1.0)
-    logs.close()
-    train, validation = lines(tmp_path)
+    train, validation = lines(tmp_path)  # not closed: a kill loses nothing
     assert train.keys() == {
         "step",
         "loss",
@@ -96,6 +102,7 @@ def test_values(tmp_path):
     }
     assert scalars["train/loss", 2] == 2.0
     assert scalars["train/bits_per_byte", 2] == pytest.approx(train["bits_per_byte"], rel=1e-6)
+    logs.close()
 
 
 def test_times(tmp_path, capsys):
@@ -164,6 +171,28 @@ def test_resuming_drops_what_comes_again(tmp_path):
     scalars = events(tmp_path)
     losses = {step: value for (tag, step), value in scalars.items() if tag == "train/loss"}
     assert losses == {1: 1, 2: 2, 3: 3, 4: 40, 5: 50}
+
+
+def test_full_disk(disk):
+    """A real one: what does not fit raises where it is written, and what did is still there."""
+    disk.mount("size=64k")
+    logs, written = open_logs(disk.path, num_steps=10_000), 0
+    with pytest.raises(OSError, match="No space left"):
+        for step in range(1, 10_000):
+            logs.train(step, metrics(loss=step), write=True)
+            written = step
+    logs.close()
+    assert written > 10
+    disk.mount("remount,size=1m")
+    (path,) = (disk.path / "tensorboard").iterdir()
+    assert events(disk.path, whole=False)["train/loss", written] == written
+    path.unlink()
+    logs = open_logs(disk.path, start=written)
+    assert [line["loss"] for line in lines(disk.path)] == list(range(1, written + 1))
+    logs.train(written + 1, metrics(), write=True)
+    logs.close()
+    assert lines(disk.path)[-1]["step"] == written + 1
+    assert events(disk.path)["train/loss", written + 1] == 2.0
 
 
 def test_a_whole_line_without_its_end_is_kept(tmp_path):

@@ -366,7 +366,6 @@ def test_validation_compiles_once_and_before_training(config, corpus, changed, m
 
 @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
 @pytest.mark.parametrize(("size", "some"), [(40, False), (100, True)])
 def test_full_disk(make_run, undisturbed, disk, size, some):
     """A real one, with room for no checkpoint or for some; then it gets more."""

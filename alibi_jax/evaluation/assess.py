@@ -1,0 +1,391 @@
+"""Every protocol on one model, which is a few functions of tokens, and the verdict on it."""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alibi_jax.data.tokenizers import Tokenizer
+from alibi_jax.errors import UserError
+from alibi_jax.evaluation import judgement, protocols, retrieval
+from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
+from alibi_jax.evaluation.config import EvaluationConfig
+from alibi_jax.evaluation.protocols import WindowedLossFn
+from alibi_jax.evaluation.reach import MassFn, attention_mass
+from alibi_jax.evaluation.report import by_length, compared, ratio
+from alibi_jax.evaluation.verdict import Entry
+from alibi_jax.evaluation.windows import (
+    TokenizedDocuments,
+    Windows,
+    bytes_per_token,
+    longest_windows,
+    supported_lengths,
+)
+
+PROTOCOLS = (
+    "nonoverlapping",
+    "fixed_targets",
+    "sliding_window",
+    "by_position",
+    "truncation",
+    "attention_mass",
+    "needle",
+    "recall",
+)
+_OF_WINDOWS = ("nonoverlapping", "fixed_targets", "by_position")  # means of the same losses
+
+
+class Scorer(NamedTuple):
+    """A model as the protocols see it."""
+
+    losses: WindowedLossFn  # nats f32[B, L] of int32[B, L+1] and a window or None
+    logits: retrieval.LogitsFn  # f32[B, n, V] of int32[B, L] and n
+    attention_mass: MassFn  # f32[layers, B, H, edges + 1] of int32[B, L], edges and a number
+    # f32[H] or f32[layers, H] in rows of so many tokens; None: no linear bias.
+    slopes: Callable[[int], np.ndarray | None]
+
+
+# What a protocol adds: to "protocols" and to "verdict".
+Found = tuple[dict[str, Any], dict[str, Any]]
+
+
+class Task(NamedTuple):
+    """A protocol, or some that share their losses, on the data at hand."""
+
+    num_tokens: int  # that it computes
+    run: Callable[[Callable[[int], object]], Found]  # called with a bar's update
+
+
+class Setting(NamedTuple):
+    """What all protocols share."""
+
+    config: EvaluationConfig
+    train_length: int
+    windows: Windows
+    lengths: tuple[int, ...]
+    counts: np.ndarray  # of the bootstrap
+    bits_per_nat: float  # bits per byte for each nat per token
+    tokenizer: Tokenizer
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest windows."""
+        return self.lengths[-1]
+
+    @property
+    def num_documents(self) -> int:
+        """Number of units that the bootstrap resamples."""
+        return self.counts.shape[1]
+
+    def by_length(self, losses: dict[int, np.ndarray]) -> list[Entry]:
+        """Entries of losses [N, P] at each length, compared with the training length."""
+        return by_length(
+            losses,
+            self.train_length,
+            self.windows.document,
+            self.counts,
+            bits_per_nat=self.bits_per_nat,
+        )
+
+    def filler(self) -> np.ndarray:
+        """Held-out text for each trial of a retrieval task, int32 [num_trials, longest + 1]."""
+        return self.windows.tokens[np.arange(self.config.num_trials) % len(self.windows.tokens)]
+
+
+def assess(
+    scorer: Scorer,
+    held_out: TokenizedDocuments,
+    tokenizer: Tokenizer,
+    config: EvaluationConfig,
+    *,
+    train_length: int,
+    lengths: Sequence[int],
+    packing: str,
+    wanted: Sequence[str] = PROTOCOLS,
+    say: Callable[[str], object] = lambda text: None,
+) -> dict[str, Any]:
+    """Evaluate a model by every protocol that the data can serve.
+
+    Args:
+        scorer: The model.
+        held_out: Held-out documents.
+        tokenizer: Of these documents.
+        config: How to evaluate; its multiples are not used.
+        train_length: Tokens per training window, the first of the lengths.
+        lengths: Tokens per window, each a multiple of the one before.
+        packing: "documents": a window lies inside one document; "stream": it may cross documents.
+        wanted: Some of `PROTOCOLS`.
+        say: Called with a line for everything that is left out, and why.
+
+    Returns:
+        What `evaluation.json` holds, without "config" and "versions".
+
+    Raises:
+        UserError: The text does not hold a window of the training length, or nothing is left.
+    """
+    left_out = []
+    kept, note = supported_lengths(held_out, lengths, packing)
+    if note:
+        left_out.append(note)
+    windows = longest_windows(
+        held_out, longest=kept[-1], num_windows=config.num_windows, packing=packing
+    )
+    per_token = bytes_per_token(windows, tokenizer.decode)
+    setting = Setting(
+        config,
+        train_length,
+        windows,
+        kept,
+        resamples(len(np.unique(windows.document)), config.num_bootstrap),
+        1 / (math.log(2) * per_token),
+        tokenizer,
+    )
+    tasks = []
+    for name, task in _tasks(scorer, setting, wanted):
+        if isinstance(task, str):
+            left_out.append(f"{name} left out: {task}")
+        else:
+            tasks.append(task)
+    for line in left_out:
+        say(line)
+    if not tasks:
+        raise UserError(f"nothing is left to evaluate: {'; '.join(left_out)}")
+
+    found: dict[str, Any] = {}
+    judged: dict[str, Any] = {}
+    with protocols.progress_bar(sum(task.num_tokens for task in tasks)) as bar:
+        for task in tasks:
+            entries, judgement_of_these = task.run(bar.update)
+            found |= entries
+            judged |= judgement_of_these
+    return {
+        "train_length": train_length,
+        "protocols": {name: found[name] for name in PROTOCOLS if name in wanted and name in found},
+        "verdict": judgement.conclude(judged, setting.longest),
+        "left_out": left_out,
+        "num_windows": len(windows.tokens),
+        "num_documents": setting.num_documents,
+        "windows_per_document": windows.per_document,
+        "unit": windows.unit,
+        "num_targets": config.num_targets,
+        "bytes_per_token": per_token,
+    }
+
+
+def _tasks(
+    scorer: Scorer, setting: Setting, wanted: Sequence[str]
+) -> Iterator[tuple[str, Task | str]]:
+    """Yield a task for each protocol wanted, or why there is none."""
+    if any(name in wanted for name in _OF_WINDOWS):
+        yield "windows", _of_windows(scorer, setting)
+    makers = {
+        "sliding_window": _sliding_window,
+        "truncation": _truncation,
+        "attention_mass": _attention_mass,
+        "needle": _needle,
+        "recall": _recall,
+    }
+    for name, make in makers.items():
+        if name in wanted:
+            yield name, make(scorer, setting)
+
+
+def _of_windows(scorer: Scorer, setting: Setting) -> Task:
+    """Nonoverlapping windows, fixed targets and the loss by position: means of the same losses."""
+    windows, config = setting.windows, setting.config
+
+    def run(progress: Callable[[int], object]) -> Found:
+        losses = {
+            length: protocols.token_losses(
+                lambda tokens: scorer.losses(tokens, None),
+                windows,
+                length,
+                tokens_per_batch=config.tokens_per_batch,
+                progress=progress,
+            )
+            for length in setting.lengths
+        }
+        fixed = {length: values[:, -config.num_targets :] for length, values in losses.items()}
+        whole_entries, fixed_entries = setting.by_length(losses), setting.by_length(fixed)
+        found = {
+            "nonoverlapping": whole_entries,
+            "fixed_targets": fixed_entries,
+            "by_position": _by_position(losses[setting.longest], setting),
+        }
+        verdict = judgement.holding(
+            whole_entries,
+            fixed_entries,
+            judgement.holds_interval(fixed, windows.document, setting.counts),
+            unit=windows.unit,
+            num_documents=setting.num_documents,
+        )
+        return found, verdict
+
+    return Task(len(setting.lengths) * windows.num_targets, run)
+
+
+def _by_position(losses: np.ndarray, setting: Setting) -> dict[str, Any]:
+    """Mean losses over ranges of positions, two an octave, in windows of the longest length.
+
+    Texts differ between positions, so small bumps are of the text.
+    """
+    starts = protocols.position_starts(setting.longest, setting.train_length)
+    ranges = list(itertools.pairwise((*starts, setting.longest)))
+    document = setting.windows.document
+
+    def entry(start: int, stop: int) -> dict[str, Any]:
+        nats = document_sums(losses[:, start:stop], document)
+        tokens = document_sums(np.ones_like(losses[:, start:stop]), document)
+        return {
+            "start": start,
+            "stop": stop,
+            "nats_per_token": ratio(nats, tokens),
+            "interval": interval(nats, tokens, setting.counts),
+            "bits_per_byte": ratio(nats * setting.bits_per_nat, tokens),
+        }
+
+    return {
+        "length": setting.longest,
+        "entries": [entry(start, stop) for start, stop in ranges],
+    }
+
+
+def _sliding_window(scorer: Scorer, setting: Setting) -> Task | str:
+    lengths = protocols.sliding_lengths(setting.lengths)
+    if len(lengths) < 2:
+        return (
+            f"its targets are the second half of the longest windows, {setting.longest} tokens: "
+            f"these must be at least 4 times the training length, {setting.train_length}"
+        )
+    strides = {length: max(1, length // setting.config.overlap) for length in lengths}
+    costs = {
+        length: len(protocols.sliding_ends(setting.longest, stride)) * length
+        for length, stride in strides.items()
+    }
+
+    def run(progress: Callable[[int], object]) -> Found:
+        losses = {
+            length: protocols.sliding_losses(
+                lambda tokens: scorer.losses(tokens, None),
+                setting.windows,
+                length,
+                stride=strides[length],
+                tokens_per_batch=setting.config.tokens_per_batch,
+                progress=progress,
+            )
+            for length in lengths
+        }
+        entries = [
+            {
+                **entry,
+                "stride": strides[entry["length"]],
+                # Tokens computed for each that is scored.
+                "cost": costs[entry["length"]] / (setting.longest // 2),
+            }
+            for entry in setting.by_length(losses)
+        ]
+        return {"sliding_window": entries}, {}
+
+    return Task(len(setting.windows.tokens) * sum(costs.values()), run)
+
+
+def _truncation(scorer: Scorer, setting: Setting) -> Task | str:
+    windows = protocols.truncation_windows(setting.longest)
+    if len(windows) < 2:
+        return f"the longest windows, {setting.longest} tokens, are too short to cut"
+
+    def run(progress: Callable[[int], object]) -> Found:
+        losses = {
+            window or setting.longest: protocols.truncated_losses(
+                scorer.losses,
+                setting.windows,
+                window,
+                num_targets=setting.config.num_targets,
+                tokens_per_batch=setting.config.tokens_per_batch,
+                progress=progress,
+            )
+            for window in windows
+        }
+        document = setting.windows.document
+        levels = compared(
+            losses,
+            setting.longest,
+            document,
+            setting.counts,
+            bits_per_nat=setting.bits_per_nat,
+        )
+        entries = [
+            {"window": window, "length": setting.longest, **level}
+            for window, level in levels.items()
+        ]
+        return {"truncation": entries}, judgement.context_use(losses, document, setting.counts)
+
+    return Task(len(windows) * setting.windows.num_targets, run)
+
+
+def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
+    fitting = [n for n in setting.lengths if n <= setting.config.tokens_per_batch]
+    length = fitting[-1]
+
+    def run(progress: Callable[[int], object]) -> Found:
+        mass = attention_mass(
+            scorer.attention_mass,
+            setting.windows,
+            length,
+            num_queries=setting.config.num_targets,
+            num_bootstrap=setting.config.num_bootstrap,
+            slopes=scorer.slopes(length),
+            tokens_per_batch=setting.config.tokens_per_batch,
+            progress=progress,
+        )
+        return {"attention_mass": mass}, {}
+
+    return Task(len(setting.windows.tokens) * length, run)
+
+
+def _needle(scorer: Scorer, setting: Setting) -> Task | str:
+    symbols = retrieval.symbols_of(setting.tokenizer.encode_batch)
+    if isinstance(symbols, str):
+        return symbols
+    shortest = retrieval.shortest_needle(symbols)
+    lengths = [length for length in setting.lengths if length >= shortest]
+    if not lengths:
+        return f"a needle needs {shortest} tokens, and the longest windows have {setting.longest}"
+
+    def run(progress: Callable[[int], object]) -> Found:
+        task = retrieval.needle(
+            scorer.logits,
+            setting.filler(),
+            lengths,
+            symbols,
+            tokens_per_batch=setting.config.tokens_per_batch,
+            progress=progress,
+        )
+        return {"needle": task}, judgement.retrieval_range(task)
+
+    return Task(setting.config.num_trials * len(retrieval.DEPTHS) * sum(lengths), run)
+
+
+def _recall(scorer: Scorer, setting: Setting) -> Task | str:
+    symbols = retrieval.symbols_of(setting.tokenizer.encode_batch)
+    if isinstance(symbols, str):
+        return symbols
+    shortest = retrieval.shortest_recall()
+    lengths = [length for length in setting.lengths if length >= shortest]
+    if not lengths:
+        return f"pairs need {shortest} tokens, and the longest windows have {setting.longest}"
+
+    def run(progress: Callable[[int], object]) -> Found:
+        task = retrieval.recall(
+            scorer.logits,
+            setting.filler(),
+            lengths,
+            symbols,
+            tokens_per_batch=setting.config.tokens_per_batch,
+            progress=progress,
+        )
+        return {"recall": task}, {"recalls_to": retrieval.retrieves_to(task, 0)}
+
+    return Task(setting.config.num_trials * sum(lengths), run)

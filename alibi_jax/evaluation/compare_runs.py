@@ -1,0 +1,114 @@
+"""The runs of a comparison: each trains and evaluates in a directory of its own, once."""
+
+import gc
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import tqdm
+
+from alibi_jax.config import Config
+from alibi_jax.errors import UserError
+from alibi_jax.evaluation.compare_summary import Run
+from alibi_jax.evaluation.report import write_json
+from alibi_jax.evaluation.run import NUMBERS, evaluate_run
+from alibi_jax.run import completed, train_short_test_long
+from alibi_jax.sharding import make_mesh
+from alibi_jax.training import loop, workdir
+from alibi_jax.training.logs import Logs
+
+RESULT = "result.json"  # there once a run has ended
+FINISHED = "finished"
+
+
+class Cost(NamedTuple):
+    """What a training step takes."""
+
+    parameters: int
+    memory_bytes: int | None  # of one device: state, batch and temporaries; None: not known
+
+
+def cost(config: Config, vocab_size: int) -> Cost:
+    """Compiles the training step and asks XLA; raises UserError for a model that cannot be."""
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        lowered = loop.lower_step(completed(config, vocab_size), mesh)
+    memory = lowered.step.compile().memory_analysis()
+    return Cost(
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lowered.state.params)),
+        memory_bytes=memory
+        and memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes,
+    )
+
+
+def recall(directory: Path) -> Run | None:
+    """The run that ended in `directory`; None if none has."""
+    path = directory / RESULT
+    try:
+        result = json.loads(path.read_text())
+        if result["status"] == FINISHED:
+            path = directory / NUMBERS
+            return Run(**result, evaluation=json.loads(path.read_text()))
+        return Run(**result, evaluation=None)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): remove {directory / RESULT}, and the run goes on "
+            "from its last checkpoint"
+        ) from error
+
+
+def perform(
+    config: Config, directory: Path, protocols: Sequence[str], cost: Cost, bar: tqdm.tqdm
+) -> Run | None:
+    """Trains and evaluates a run, or goes on with it, and keeps how it ended.
+
+    Args:
+      config: the run's.
+      directory: the run's.
+      protocols: some of `assess.PROTOCOLS`.
+      cost: of its method.
+      bar: counts the steps of all runs.
+
+    Returns:
+      The run: finished, diverged, or out of memory, which is not kept, so that the next time tries
+      again. None: stopped by a signal, all saved.
+    """
+    status, message, evaluation = FINISHED, None, None
+    try:
+        if not train_short_test_long(config, directory, bar=bar, test_long=False).complete:
+            return None
+        evaluation = evaluate_run(directory, wanted=protocols)
+    except loop.Diverged as error:
+        status, message = "diverged", str(error).partition(": stopped")[0]
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        status, message = "out of memory", str(error).splitlines()[0]
+    result = {
+        "status": status,
+        "message": message,
+        "seconds_per_step": _seconds_per_step(directory),
+        **cost._asdict(),
+    }
+    if status in (FINISHED, "diverged"):
+        with workdir.writing(directory):
+            write_json(result, directory / RESULT)
+    gc.collect()  # the state of the run goes before that of the next comes
+    return Run(**result, evaluation=evaluation)
+
+
+def _seconds_per_step(directory: Path) -> float | None:
+    """The median over the intervals of metrics.jsonl of their median step; None without any."""
+    path = directory / Logs.METRICS
+    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    times = [line["step_seconds_p50"] for line in lines if "step_seconds_p50" in line]
+    return statistics.median(times) if times else None

@@ -1,0 +1,267 @@
+"""From the runs of a comparison that ended to the numbers of `comparison.json`."""
+
+import itertools
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from alibi_jax.errors import require
+from alibi_jax.evaluation.bootstrap import resamples
+from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
+from alibi_jax.evaluation.report import finite
+from alibi_jax.evaluation.verdict import TOLERANCE, percent
+
+PROTOCOLS = ("nonoverlapping", "fixed_targets")
+# What each number of an entry is; kept in the file and written under the table.
+MEANINGS = {
+    "nats_per_token": "mean over seeds",
+    "interval": "95%, Student's t over seeds with n - 1 degrees of freedom; none with one seed",
+    "document_interval": "95%, percentile bootstrap over held-out documents of the mean over the "
+    "seeds that were trained; it says nothing about other seeds",
+    "difference": "mean over seeds of the method minus the reference, nats per token, paired: "
+    "equal seeds (so equal initial parameters and order of the data) and the same tokens",
+    "p_value": "two-sided, paired t test over seeds; not corrected for the number of methods",
+    "relative_change": "of a seed's loss against its own at the training length, mean over seeds; "
+    "its interval is Student's t over seeds",
+}
+
+
+class Run(NamedTuple):
+    """One run that ended."""
+
+    status: str  # "finished", "diverged" or "out of memory"
+    message: str | None  # what happened, unless it finished
+    evaluation: Mapping[str, Any] | None  # what the evaluation of a finished run wrote
+    seconds_per_step: float | None
+    memory_bytes: int | None
+    parameters: int
+
+
+def summarize(
+    methods: Sequence[str], seeds: Sequence[int], runs: Mapping[tuple[str, int], Run]
+) -> dict[str, Any]:
+    """Reduces runs to what the table and the figure show.
+
+    Args:
+      methods: names of all methods, as asked for. The reference is "alibi", or else the first.
+      seeds: of all runs of a method.
+      runs: those that ended so far, by method and seed.
+
+    Returns:
+      What `comparison.json` holds, without "config" and "versions"; every number is finite or None.
+
+    Raises:
+      UserError: the runs were not evaluated on the same tokens.
+    """
+    finished = {key: run.evaluation for key, run in runs.items() if run.evaluation is not None}
+    evaluations = list(finished.values())
+    reference = "alibi" if "alibi" in methods else methods[0]
+    summary: dict[str, Any] = {
+        "reference": reference,
+        "seeds": list(seeds),
+        "num_runs": len(methods) * len(seeds),
+        "num_finished": len(finished),
+        "missing": [
+            {"method": method, "seed": seed}
+            for seed, method in itertools.product(seeds, methods)
+            if (method, seed) not in runs
+        ],
+        "lengths": [],
+        "left_out": sorted({line for one in evaluations for line in one["left_out"]}),
+        "meanings": MEANINGS,
+    }
+    counts, shared = np.zeros((0, 0)), {}
+    if evaluations:
+        shared = {name: evaluations[0][name] for name in _SHARED}
+        for evaluation in evaluations:
+            require(
+                all(evaluation[name] == value for name, value in shared.items()),
+                "the runs of this --workdir were not evaluated on the same tokens: evaluate them "
+                "all again, or start in a new --workdir",
+            )
+        entries = evaluations[0]["protocols"]["fixed_targets"]
+        summary |= shared | {"lengths": [entry["length"] for entry in entries]}
+        num_bootstrap = evaluations[0]["config"]["evaluation"]["num_bootstrap"]
+        counts = resamples(shared["num_documents"], num_bootstrap)
+    scores = {key: _Scores(evaluation) for key, evaluation in finished.items()}
+    summary["methods"] = [
+        _method(method, reference, seeds, runs, scores, counts) for method in methods
+    ]
+    return summary
+
+
+# What the evaluations of all runs must have in common.
+_SHARED = (
+    "train_length",
+    "num_windows",
+    "num_documents",
+    "unit",
+    "num_targets",
+    "bytes_per_token",
+    "windows_per_document",
+)
+
+
+class _Scores:
+    """Totals of each document in the evaluation of one run."""
+
+    def __init__(self, evaluation: Mapping[str, Any]):
+        windows = np.array(evaluation["windows_per_document"], np.float64)
+        longest = evaluation["protocols"]["nonoverlapping"][-1]["length"]
+        targets = {"nonoverlapping": longest, "fixed_targets": evaluation["num_targets"]}
+        self.lengths = [entry["length"] for entry in evaluation["protocols"]["fixed_targets"]]
+        self.bits_per_nat = 1 / (math.log(2) * evaluation["bytes_per_token"])
+        self.verdict = evaluation["verdict"]
+        self.tokens = {protocol: targets[protocol] * windows for protocol in PROTOCOLS}
+        # float64 [lengths, documents]; infinities and nan were written as None.
+        self.nats = {
+            protocol: np.array(
+                [entry["document_nats"] for entry in evaluation["protocols"][protocol]], np.float64
+            )
+            for protocol in PROTOCOLS
+        }
+
+
+def _method(
+    name: str,
+    reference: str,
+    seeds: Sequence[int],
+    runs: Mapping[tuple[str, int], Run],
+    scores: Mapping[tuple[str, int], _Scores],
+    counts: np.ndarray,
+) -> dict[str, Any]:
+    """All that is known of one method; "protocols" is empty until a run of it has finished."""
+    ended = {seed: runs[name, seed] for seed in seeds if (name, seed) in runs}
+    own = {seed: scores[name, seed] for seed in seeds if (name, seed) in scores}
+    others = {seed: scores[reference, seed] for seed in own if (reference, seed) in scores}
+    timed = [run.seconds_per_step for run in ended.values() if run.seconds_per_step is not None]
+    protocols = {
+        protocol: _entries(protocol, own, {} if name == reference else others, counts)
+        for protocol in (PROTOCOLS if own else ())
+    }
+    first = next(iter(ended.values()), None)
+    return {
+        "name": name,
+        "parameters": first and first.parameters,
+        "memory_bytes": first and first.memory_bytes,
+        "seconds_per_step": statistics.median(timed) if timed else None,
+        "runs": [
+            {
+                "seed": seed,
+                "status": run.status,
+                "message": run.message,
+                "seconds_per_step": run.seconds_per_step,
+                "verdict": own[seed].verdict if seed in own else None,
+            }
+            for seed, run in ended.items()
+        ],
+        "protocols": protocols,
+        "verdict": _verdict(protocols["fixed_targets"], [one.verdict for one in own.values()])
+        if own
+        else None,
+    }
+
+
+def _entries(
+    protocol: str,
+    own: Mapping[int, _Scores],
+    others: Mapping[int, _Scores],
+    counts: np.ndarray,
+) -> list[dict[str, Any]]:
+    """One protocol of a method by length; `others` are the reference's scores, by seed."""
+    any_scores = next(iter(own.values()))
+    tokens, bits = any_scores.tokens[protocol], any_scores.bits_per_nat
+    nats = np.stack([scores.nats[protocol] for scores in own.values()], axis=1)  # [L, seeds, docs]
+    entries = []
+    for index, length in enumerate(any_scores.lengths):
+        level = estimate(nats[index], tokens, counts)
+        totals = nats[index].sum(axis=1)
+        trained = nats[0].sum(axis=1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            change = (totals - trained) / trained
+        entry = {
+            "length": length,
+            "nats_per_token": level["mean"],
+            "interval": level["interval"],
+            "document_interval": level["document_interval"],
+            "nats_per_token_seeds": level["seeds"],
+            "bits_per_byte": _times(bits, level["mean"]),
+            "bits_per_byte_interval": _times(bits, level["interval"]),
+            "bits_per_byte_seeds": _times(bits, level["seeds"]),
+            "relative_change": finite(float(change.mean())),
+            "relative_change_interval": t_interval(change),
+        }
+        if others:
+            paired = np.stack(
+                [
+                    own[seed].nats[protocol][index] - other.nats[protocol][index]
+                    for seed, other in others.items()
+                ]
+            )
+            gap = estimate(paired, tokens, counts)
+            entry |= {
+                "difference": gap["mean"],
+                "difference_interval": gap["interval"],
+                "difference_document_interval": gap["document_interval"],
+                "difference_seeds": gap["seeds"],
+                "p_value": p_value(paired.sum(axis=1)),
+            }
+        entries.append(entry)
+    return entries
+
+
+def _times(factor: float, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_times(factor, item) for item in value]
+    return None if value is None else factor * value
+
+
+def _verdict(
+    fixed: Sequence[Mapping[str, Any]], of_runs: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """How far the loss on fixed targets holds: at most 1% above the training length's.
+
+    Judged by the mean over seeds at each length; the interval says whether another set of seeds
+    might say otherwise. How far context is used and text retrieved is a list of what the verdict of
+    each run says, where the protocols for that were asked for.
+    """
+
+    def holds(entry: Mapping[str, Any]) -> bool:
+        return entry["relative_change"] is not None and entry["relative_change"] <= TOLERANCE
+
+    held = len(list(itertools.takewhile(holds, fixed[1:])))
+    to, longest = fixed[held], held + 1 == len(fixed)
+    factor = to["length"] / fixed[0]["length"]
+    if fixed[0]["nats_per_token"] is None:
+        text = "the loss at the training length is not finite"
+    elif len(fixed) == 1:
+        text = "evaluated at the training length only"
+    elif held:
+        text = f"holds to {to['length']} ({factor:g}x{', the longest' if longest else ''})"
+        text += f": {_change(to)}"
+    else:
+        text = "does not hold beyond the training length"
+    if not longest and fixed[0]["nats_per_token"] is not None:
+        text += f"; at {fixed[held + 1]['length']}: {_change(fixed[held + 1])}"
+    deciding = [entry["relative_change_interval"] for entry in fixed[1 : held + 2]]
+    if any(bounds and bounds[0] <= TOLERANCE < bounds[1] for bounds in deciding):
+        text += " (not certain: an interval over seeds contains +1%)"
+    verdict: dict[str, Any] = {"text": text, "holds_to": to["length"], "holds_factor": factor}
+    for name, words in (("uses_context_to", "uses context"), ("retrieves_to", "retrieves")):
+        values = [one[name] for one in of_runs]
+        verdict[f"{name}_seeds"] = values
+        known = sorted(value for value in values if value is not None)
+        if len(known) == len(values):
+            span = "–".join(map(str, sorted({known[0], known[-1]})))
+            verdict["text"] += f"; {words} " + (f"to {span}" if known[-1] else "nothing reliably")
+    return verdict
+
+
+def _change(entry: Mapping[str, Any]) -> str:
+    if entry["relative_change"] is None:
+        return "not finite"
+    text, bounds = percent(entry["relative_change"]), entry["relative_change_interval"]
+    return text if bounds is None else f"{text} [{percent(bounds[0])}, {percent(bounds[1])}]"

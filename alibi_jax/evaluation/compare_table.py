@@ -1,0 +1,218 @@
+"""The tables of a comparison, as Markdown."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from alibi_jax.evaluation.compare_summary import MEANINGS
+
+_TITLES = {
+    "fixed_targets": "Fixed targets: the same last {num_targets} tokens of every window, after "
+    "contexts of each length",
+    "nonoverlapping": "Nonoverlapping windows: all tokens (longer windows have fewer tokens near "
+    "their start, so this falls with length even where more context does nothing)",
+}
+Row = Sequence[str]
+
+
+def comparison_table(comparison: Mapping[str, Any]) -> str:
+    """What `comparison.md` holds.
+
+    Args:
+      comparison: from `compare_summary.summarize`, or read from `comparison.json`.
+    """
+    methods = [method for method in comparison["methods"] if method["protocols"]]
+    parts = [_heading(comparison)]
+    if methods:
+        parts += _findings(comparison, methods)
+        for protocol, title in _TITLES.items():
+            parts.append(f"## {title.format(**comparison)}\n\n" + _losses(comparison, protocol))
+        parts.append(_differences(comparison, methods))
+    parts += [_verdicts(comparison), _costs(comparison), _meanings(comparison)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _heading(comparison: Mapping[str, Any]) -> str:
+    names = [method["name"] for method in comparison["methods"]]
+    seeds = _plural(len(comparison["seeds"]), "seed")
+    text = f"# {', '.join(names)}: {seeds}"
+    if comparison["lengths"]:
+        text += f", trained at {comparison['train_length']} tokens"
+    missing = [f"{run['method']} seed {run['seed']}" for run in comparison["missing"]]
+    if missing:
+        text += f"\n\n**Partial: {len(missing)} of {comparison['num_runs']} runs are missing: "
+        text += f"{', '.join(missing)}.**"
+    failed = [
+        f"{method['name']} seed {run['seed']} {run['status']} ({run['message']})"
+        for method in comparison["methods"]
+        for run in method["runs"]
+        if run["status"] != "finished"
+    ]
+    if failed:
+        text += f"\n\n**Not finished: {'; '.join(failed)}.**"
+    return text
+
+
+def _findings(comparison: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which method has the lowest loss, at the training length and at the longest."""
+    lines = []
+    for index in dict.fromkeys((0, len(comparison["lengths"]) - 1)):
+        known = {
+            method["name"]: method["protocols"]["fixed_targets"][index]
+            for method in methods
+            if method["protocols"]["fixed_targets"][index]["bits_per_byte"] is not None
+        }
+        if not known:
+            continue
+        best = min(known, key=lambda name: known[name]["bits_per_byte"])
+        length = comparison["lengths"][index]
+        where = f"{length} tokens" + (" (the training length)" if index == 0 else "")
+        text = f"At {where} {best} has the lowest loss on fixed targets, "
+        text += f"{known[best]['bits_per_byte']:.4f} bits per byte"
+        if known[best].get("difference") is not None:
+            gap = _gap(known[best], comparison)
+            text += f": {gap} against {comparison['reference']}"
+        lines.append(f"- {text}.")
+    return ["\n".join(lines)] if lines else []
+
+
+def _losses(comparison: Mapping[str, Any], protocol: str) -> str:
+    """Bits per byte by method and length: mean ± half the interval over seeds."""
+    lengths = comparison["lengths"]
+    factors = [f"{length} ({length / comparison['train_length']:g}x)" for length in lengths]
+    rows = []
+    for method in comparison["methods"]:
+        entries = method["protocols"].get(protocol)
+        count = sum(run["status"] == "finished" for run in method["runs"])
+        cells = [_level(entry) for entry in entries] if entries else ["missing"] * len(lengths)
+        rows.append([method["name"], str(count), *cells])
+    return "Bits per byte, mean ± half of the 95% interval over seeds.\n\n" + _markdown(
+        ["method", "seeds", *factors], rows
+    )
+
+
+def _level(entry: Mapping[str, Any]) -> str:
+    value, bounds = entry["bits_per_byte"], entry["bits_per_byte_interval"]
+    if value is None:
+        return "not finite"
+    return f"{value:.4f}" + ("" if bounds is None else f" ± {(bounds[1] - bounds[0]) / 2:.4f}")
+
+
+def _differences(comparison: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> str:
+    """Each method minus the reference, at the training length and at the longest."""
+    ends = list(dict.fromkeys((0, len(comparison["lengths"]) - 1)))
+    rows = []
+    for method in methods:
+        entries = method["protocols"]["fixed_targets"]
+        if "difference" not in entries[0]:
+            continue
+        row = [method["name"], str(len(entries[0]["difference_seeds"]))]
+        for index in ends:
+            entry = entries[index]
+            bits = _bits(comparison)
+            documents = entry["difference_document_interval"]
+            row += [
+                _signed(entry["difference"], bits),
+                _bounds(entry["difference_interval"], bits),
+                _bounds(documents, bits),
+                "–" if entry["p_value"] is None else f"{entry['p_value']:.2g}",
+            ]
+        rows.append(row)
+    if not rows:
+        return ""
+    header = ["method", "pairs"]
+    for index in ends:
+        header += [f"at {comparison['lengths'][index]}", "95% over seeds", "95% over documents"]
+        header += ["p"]
+    return (
+        f"## Against {comparison['reference']}, paired\n\nDifference on fixed targets, bits per "
+        "byte; below zero is better.\n\n" + _markdown(header, rows)
+    )
+
+
+def _gap(entry: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+    bits = _bits(comparison)
+    text = _signed(entry["difference"], bits)
+    if entry["difference_interval"] is not None:
+        text += f" {_bounds(entry['difference_interval'], bits)} over seeds"
+    if entry["p_value"] is not None:
+        text += f", p = {entry['p_value']:.2g}"
+    return text
+
+
+def _verdicts(comparison: Mapping[str, Any]) -> str:
+    rows = []
+    for method in comparison["methods"]:
+        verdict = method["verdict"]
+        rows.append([method["name"], verdict["text"] if verdict else _why(method)])
+    return (
+        "## Verdict\n\nOn fixed targets; a loss holds while it is at most 1% above that at the "
+        "training length. Brackets: 95% over seeds.\n\n" + _markdown(["method", "verdict"], rows)
+    )
+
+
+def _why(method: Mapping[str, Any]) -> str:
+    states = {run["status"] for run in method["runs"]}
+    return " and ".join(sorted(states)) if states else "missing"
+
+
+def _costs(comparison: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            method["name"],
+            _or_missing(method["parameters"], lambda n: f"{n:,}"),
+            _or_missing(method["seconds_per_step"], lambda t: f"{1e3 * t:,.1f}"),
+            _or_missing(method["memory_bytes"], lambda n: f"{n / 1e6:,.1f}"),
+        ]
+        for method in comparison["methods"]
+    ]
+    header = ["method", "parameters", "ms a step", "MB a step"]
+    return (
+        "## Cost\n\nTime: median over the steps of all runs. Memory: state, batch and temporaries "
+        "of the compiled training step on one device.\n\n" + _markdown(header, rows)
+    )
+
+
+def _meanings(comparison: Mapping[str, Any]) -> str:
+    text = "\n".join(f"- `{name}`: {meaning}." for name, meaning in MEANINGS.items())
+    if comparison["lengths"]:
+        text += (
+            f"\n\nAll methods and lengths score the same {comparison['num_windows']} windows of "
+            f"{comparison['lengths'][-1]} tokens from "
+            f"{_plural(comparison['num_documents'], comparison['unit'])}."
+        )
+    if comparison["left_out"]:
+        text += "\n\n" + "\n".join(f"- {line}" for line in comparison["left_out"])
+    return f"## What the numbers are\n\n{text}"
+
+
+def _markdown(header: Row, rows: Sequence[Row]) -> str:
+    """A table whose columns line up in plain text as well."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Row) -> str:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def _or_missing(value: Any, write: Callable[[Any], str]) -> str:
+    return "missing" if value is None else write(value)
+
+
+def _bits(comparison: Mapping[str, Any]) -> float:
+    return 1 / (math.log(2) * comparison["bytes_per_token"])
+
+
+def _signed(value: float | None, factor: float) -> str:
+    return "not finite" if value is None else f"{factor * value:+.4f}"
+
+
+def _bounds(bounds: Sequence[float] | None, factor: float) -> str:
+    return "–" if bounds is None else f"[{factor * bounds[0]:+.4f}, {factor * bounds[1]:+.4f}]"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")

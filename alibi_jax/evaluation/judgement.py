@@ -1,0 +1,184 @@
+"""The three lengths that a deployer needs: to which the loss holds, context helps, text is found.
+
+- It holds to X: the largest length at which the loss on fixed targets is at most 1% above that at
+  the training length, there and at every length below.
+- It uses context to Y: the smallest W such that, with all keys at a distance of W or more masked in
+  every layer, the loss on fixed targets is at most 0.5% above the lowest that this or any larger W
+  gives, no mask among them. So no context beyond Y lowers the loss by more than 0.5%.
+- It retrieves to Z: the largest length at which a needle is found at every depth, there and at
+  every length below: the 95% interval of the accuracy lies above chance by more than a margin.
+
+X and Y have 95% intervals over documents: both are found anew in every resample. Z is found with
+lower bounds of accuracies, and its interval ends where upper bounds would put it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from alibi_jax.evaluation.bootstrap import document_sums, interval_of_a_length
+from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
+from alibi_jax.evaluation.retrieval import retrieves_to
+from alibi_jax.evaluation.verdict import TOLERANCE, Entry, percent, relative_change, verdict
+
+CONTEXT_TOLERANCE = 0.005  # context beyond is not used if it lowers the loss by less than this
+
+
+def held_to(totals: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
+    """Find X from losses float64 [R, L] at each length, the training length first: int [R]."""
+    with np.errstate(invalid="ignore"):
+        holds = totals <= (1 + TOLERANCE) * totals[:, :1]
+    held = np.cumprod(holds[:, 1:], axis=1).sum(axis=1)
+    return np.asarray(lengths)[held]
+
+
+def used_to(totals: np.ndarray, windows: Sequence[int]) -> np.ndarray:
+    """Find Y from losses float64 [R, W] with each window, rising; the last masks nothing: int [R].
+
+    A loss that is not a number counts as infinite.
+    """
+    totals = np.where(np.isnan(totals), np.inf, totals)
+    lowest = np.minimum.accumulate(totals[:, ::-1], axis=1)[:, ::-1]
+    enough = totals <= (1 + CONTEXT_TOLERANCE) * lowest
+    return np.asarray(windows)[np.argmax(enough, axis=1)]
+
+
+def holds_interval(
+    losses: Mapping[int, np.ndarray], document: np.ndarray, counts: np.ndarray
+) -> list[int] | None:
+    """Compute the 95% interval of X from losses [N, P] of fixed targets at each length."""
+    lengths = sorted(losses)
+    totals = np.stack([document_sums(losses[length], document) for length in lengths])
+    return interval_of_a_length(lambda drawn: held_to(drawn, lengths), totals, counts)
+
+
+def context_use(
+    losses: Mapping[int, np.ndarray], document: np.ndarray, counts: np.ndarray
+) -> dict[str, Any]:
+    """Find Y and its interval from losses [N, P] with each window.
+
+    Returns:
+        "uses_context_to", tokens, or None where no loss is finite; and its "..._interval".
+    """
+    windows = sorted(losses)
+    totals = np.stack([document_sums(losses[window], document) for window in windows])
+    point = totals.sum(axis=1)[None]
+    known = bool(np.isfinite(point).any())
+    interval = interval_of_a_length(lambda drawn: used_to(drawn, windows), totals, counts)
+    return {
+        "uses_context_to": int(used_to(point, windows)[0]) if known else None,
+        "uses_context_to_interval": interval if known else None,
+    }
+
+
+def retrieval_range(task: dict[str, Any]) -> dict[str, Any]:
+    """Find Z and its interval from what `retrieval.needle` returned."""
+    bounds = [retrieves_to(task, bound) for bound in (0, 1)]
+    return {"retrieves_to": bounds[0], "retrieves_to_interval": bounds}
+
+
+def holding(
+    nonoverlapping: list[Entry],
+    fixed_targets: list[Entry],
+    interval: list[int] | None,
+    *,
+    unit: str,
+    num_documents: int,
+) -> dict[str, Any]:
+    """Find X: what `verdict` finds, its words as "details", with an interval and a warning."""
+    found = verdict(nonoverlapping, fixed_targets, unit=unit, num_documents=num_documents)
+    known = fixed_targets[0]["nats_per_token"] is not None
+    return {
+        **found,
+        "holds_to": found["holds_to"] if known else None,
+        "holds_to_interval": interval if known else None,
+        "details": found["text"],
+        "warning": warning(nonoverlapping, fixed_targets, found["compared_at"]),
+    }
+
+
+def warning(
+    nonoverlapping: list[Entry], fixed_targets: list[Entry], length: int | None
+) -> str | None:
+    """Say where the nonoverlapping curve alone would mislead; None where it would not.
+
+    It does where it falls, while longer context gains nothing that can be measured on fixed
+    targets, or less than half of it for sure (the far end of the interval): what remains is fewer
+    tokens near the start of a window.
+
+    Args:
+        nonoverlapping: Entries by length.
+        fixed_targets: Entries by length.
+        length: The longest length to which the loss holds, beyond the training length or just
+            beyond that; None: there is none.
+    """
+    if length is None:
+        return None
+    whole, fixed = (
+        next(entry for entry in entries if entry["length"] == length)
+        for entries in (nonoverlapping, fixed_targets)
+    )
+    change, relative = whole["change"], whole["relative_change"]
+    whole_interval, fixed_interval = whole["change_interval"], fixed["change_interval"]
+    if change is None or relative is None or whole_interval is None or fixed_interval is None:
+        return None
+    falls, gains = whole_interval[1] < 0, fixed_interval[1] < 0
+    if not falls or (gains and -fixed_interval[0] > -change / 2):
+        return None
+    return (
+        f"nonoverlapping windows alone would mislead: at {length} tokens their loss changes by "
+        f"{percent(relative)}, but on the same targets longer context changes it "
+        f"by {relative_change(fixed)}."
+    )
+
+
+# The protocol behind each length of the verdict.
+MEASURED_BY = {
+    "holds_to": "fixed_targets",
+    "uses_context_to": "truncation",
+    "retrieves_to": "needle",
+}
+
+
+def conclude(judged: Mapping[str, Any], longest: int) -> dict[str, Any]:
+    """Complete the verdict from what the protocols found; what was not measured is None.
+
+    Args:
+        judged: What `holding`, `context_use` and `retrieval_range` returned.
+        longest: The longest length that was measured.
+
+    Returns:
+        "text", one line; "holds_to", "uses_context_to" and "retrieves_to" in tokens, each with its
+        "..._interval" and "..._protocol"; "warning"; and what `holding` adds.
+    """
+    complete: dict[str, Any] = {"text": "", "warning": None}
+    for name, protocol in MEASURED_BY.items():
+        complete |= {name: None, f"{name}_interval": None, f"{name}_protocol": protocol}
+    complete |= judged
+    return complete | {"text": sentence(complete, longest)}
+
+
+def sentence(judged: Mapping[str, Any], longest: int) -> str:
+    """Write the verdict in one line; `longest` is the longest length that was measured."""
+    parts = []
+    if judged["holds_to"] is not None:
+        within = f"(paired, within {100 * TOLERANCE:g}%)"
+        parts.append(f"holds to {_tokens(judged, 'holds_to', longest)} {within}")
+    if judged["uses_context_to"] is not None:
+        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}")
+    if judged["retrieves_to"]:
+        parts.append(f"retrieves to {_tokens(judged, 'retrieves_to', longest)}")
+    elif judged["retrieves_to"] == 0:
+        parts.append("retrieves from no length reliably")
+    text = ", ".join(parts) or "nothing was measured that a verdict needs"
+    return text[0].upper() + text[1:] + "."
+
+
+def _tokens(judged: Mapping[str, Any], name: str, longest: int) -> str:
+    tokens, interval = judged[name], judged[f"{name}_interval"]
+    bound = "at least " if tokens == longest else ""
+    if name == "uses_context_to" and tokens == SHORTEST_WINDOW:
+        bound = "at most "
+    ends = "" if interval is None else f" [{interval[0]}, {interval[1]}]"
+    return f"{bound}{tokens} tokens{ends}"

@@ -1,0 +1,146 @@
+"""A trained decoder as the functions of tokens that the protocols ask for, in bounded memory.
+
+Rows of at most `tokens_per_batch` tokens are one program. Longer ones are read in chunks of so
+many, with the keys and values of the tokens before in a cache: two numbers a token, layer and
+key/value dimension, and the activations of one chunk.
+"""
+
+import operator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from alibi_jax.config import Config
+from alibi_jax.errors import UserError
+from alibi_jax.evaluation.assess import Scorer
+from alibi_jax.models import Decoder
+from alibi_jax.models.cache import Cache
+from alibi_jax.sharding import MeshConfig, make_mesh
+from alibi_jax.training import checkpoint
+from alibi_jax.training.optimizer import make_optimizer
+from alibi_jax.training.state import abstract_state
+
+
+def restore_decoder(directory: Path, config: Config) -> tuple[Decoder, int, dict[Path, str]]:
+    """Read the newest checkpoint that can be read, on one device, whatever mesh it was trained on.
+
+    Args:
+        directory: Of the checkpoints.
+        config: Of the run.
+
+    Returns:
+        The decoder, the step, and what `checkpoint.restore` says of damaged checkpoints.
+
+    Raises:
+        UserError: There is no checkpoint, or none can be read.
+    """
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    optimizer = make_optimizer(config.optimizer, config.training.num_steps)
+    with jax.set_mesh(mesh):
+        graphdef, abstract = abstract_state(config.model, optimizer, config.training.seed, mesh)
+        restored = checkpoint.restore(directory, abstract)
+    if restored is None:
+        raise UserError(f"--workdir={directory.parent} holds no checkpoint yet: train it first")
+    # Off the mesh: one device needs none.
+    params = jax.tree.map(lambda x: x.addressable_data(0), restored.state.params)
+    return nnx.merge(graphdef, params), restored.step, restored.unreadable
+
+
+def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:
+    """Compile a decoder into what the protocols ask for.
+
+    Args:
+        decoder: Off any mesh.
+        tokens_per_batch: Tokens of a row that are computed at once; divides the longer rows best
+            if it is a multiple of the training length.
+    """
+    graphdef, params = nnx.split(decoder, nnx.Param)
+
+    @jax.jit
+    def whole_losses(params: Any, tokens: jax.Array, window: jax.Array | None) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return model.token_losses(tokens[:, :-1], tokens[:, 1:], window=window)[0]
+
+    @partial(jax.jit, donate_argnames="cache")
+    def chunk_losses(
+        params: Any, tokens: jax.Array, cache: Cache, window: jax.Array | None
+    ) -> tuple[jax.Array, Cache]:
+        model = nnx.merge(graphdef, params)
+        losses, cache = model.chunk_losses(tokens[:, :-1], tokens[:, 1:], cache, window=window)
+        return losses[0], cache
+
+    @partial(jax.jit, static_argnames="count")
+    def whole_logits(params: Any, tokens: jax.Array, count: int) -> jax.Array:
+        model = nnx.merge(graphdef, params)
+        return model.logits(model.hidden(tokens)[:, -count:])
+
+    @partial(jax.jit, donate_argnames="cache")
+    def chunk_hidden(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+        return nnx.merge(graphdef, params).chunk_hidden(tokens, cache)
+
+    @jax.jit
+    def last_logits(params: Any, hidden: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, params).logits(hidden)
+
+    @partial(jax.jit, static_argnums=(2, 3))
+    def mass(params: Any, tokens: jax.Array, edges: tuple[int, ...], count: int) -> jax.Array:
+        return nnx.merge(graphdef, params).attention_mass(tokens, edges, count)
+
+    def losses(tokens: np.ndarray, window: int | None) -> np.ndarray:
+        rows, length = tokens.shape[0], tokens.shape[1] - 1
+        limit = None if window is None else np.int32(window)
+        size = chunk_length(length, tokens_per_batch)
+        if size == length:
+            return np.asarray(whole_losses(params, tokens, limit))
+        cache, parts = decoder.init_cache(rows, length), []
+        for start in range(0, length, size):
+            part, cache = chunk_losses(params, tokens[:, start : start + size + 1], cache, limit)
+            parts.append(np.asarray(part))
+        return np.concatenate(parts, axis=1)
+
+    def logits(tokens: np.ndarray, count: int) -> np.ndarray:
+        rows, length = tokens.shape
+        size = chunk_length(length, tokens_per_batch)
+        if size == length:
+            return np.asarray(whole_logits(params, tokens, count))
+        cache, last = decoder.init_cache(rows, length), np.zeros((rows, 0, 0))
+        for start in range(0, length, size):
+            hidden, cache = chunk_hidden(params, tokens[:, start : start + size], cache)
+            tail = np.asarray(hidden[:, -count:])
+            last = np.concatenate([last, tail], axis=1)[:, -count:] if start else tail
+        return np.asarray(last_logits(params, last))
+
+    return Scorer(
+        losses,
+        logits,
+        lambda tokens, edges, count: mass(params, tokens, edges, count),
+        lambda length: slopes_of(decoder, length),
+    )
+
+
+def chunk_length(length: int, tokens_per_batch: int) -> int:
+    """Return the largest divisor of `length` that is at most `tokens_per_batch`."""
+    return next(size for size in range(min(length, tokens_per_batch), 0, -1) if length % size == 0)
+
+
+def slopes_of(decoder: Decoder, length: int) -> np.ndarray | None:
+    """Return the slope of every head in a row of `length` tokens, f32[layers, H].
+
+    None where the bias is not linear.
+    """
+    if decoder.config.position != "alibi":
+        return None
+    layers = decoder.blocks.attention.position
+    nothing = jnp.zeros((1, length, decoder.config.embed_dim))  # slopes do not depend on it
+
+    def slopes(index: int) -> np.ndarray:
+        layer = None if layers is None else jax.tree.map(operator.itemgetter(index), layers)
+        bias = decoder.position.bias(layer, nothing, length, None)
+        return np.asarray(getattr(bias, "slopes", bias))
+
+    return np.stack([slopes(index) for index in range(decoder.config.num_layers)])

@@ -1,0 +1,151 @@
+"""The numbers of an evaluation as text, for a screen of 100 columns."""
+
+import textwrap
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from alibi_jax.evaluation.verdict import percent, relative_change
+
+_WIDTH = 100
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Write a summary as plain text of at most 100 columns that ends with the verdict."""
+    protocols = summary["protocols"]
+    lines = [
+        f"{'':16}{'nonoverlapping windows':<28}fixed targets (the last {summary['num_targets']} "
+        "tokens of each window)",
+        f"{'tokens':>8}{'x':>6}  {'bits/byte':>9}  {'loss change':<17}{'bits/byte':>9}  "
+        "loss change [95% interval]",
+    ]
+    for window, fixed in zip(protocols["nonoverlapping"], protocols["fixed_targets"], strict=True):
+        length = window["length"]
+        trained = length == summary["train_length"]
+        change = "" if trained else _or(percent, window["relative_change"])
+        fixed_change = "(training length)" if trained else relative_change(fixed)
+        lines.append(
+            f"{length:>8}{length / summary['train_length']:>6g}  "
+            f"{_or('{:.4f}'.format, window['bits_per_byte']):>9}  {change:<17}"
+            f"{_or('{:.4f}'.format, fixed['bits_per_byte']):>9}  {fixed_change}"
+        )
+    longest = protocols["nonoverlapping"][-1]["length"]
+    lines += [
+        f"{_plural(summary['num_windows'], 'window')} of {longest} tokens from "
+        f"{_plural(summary['num_documents'], summary['unit'])}.",
+        "",
+        *textwrap.wrap(summary["verdict"]["text"], _WIDTH),
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _or(write: Callable[[float], str], number: float | None) -> str:
+    return "not finite" if number is None else write(number)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def evaluation_table(found: Mapping[str, Any]) -> str:
+    """Write what `assess` found as plain text of at most 100 columns that ends with the verdict."""
+    protocols = found["protocols"]
+    writers = {
+        "nonoverlapping": _lengths("nonoverlapping windows"),
+        "fixed_targets": _lengths(f"fixed targets, the last {found['num_targets']} of each window"),
+        "sliding_window": _lengths("sliding window"),
+        "by_position": _positions,
+        "truncation": _truncation,
+        "attention_mass": _mass,
+        "needle": _needle,
+        "recall": _recall,
+    }
+    lines = []
+    for name, entries in protocols.items():
+        lines += [*writers[name](entries, found["train_length"]), ""]
+    verdict = found["verdict"]
+    lines += textwrap.wrap(verdict["text"], _WIDTH)
+    if verdict["warning"]:
+        lines += textwrap.wrap(f"Warning: {verdict['warning']}", _WIDTH)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _lengths(title: str) -> Callable[[Any, int], list[str]]:
+    def write(entries: Any, train_length: int) -> list[str]:
+        lines = [f"{'tokens':>8}{'x':>6}{'bits/byte':>11}  loss change [95% interval]  {title}"]
+        for entry in entries:
+            length = entry["length"]
+            change = "(training length)" if length == train_length else relative_change(entry)
+            bits = _or("{:.4f}".format, entry["bits_per_byte"])
+            stride = f"  stride {entry['stride']}" if "stride" in entry else ""
+            lines.append(f"{length:>8}{length / train_length:>6g}{bits:>11}  {change}{stride}")
+        return lines
+
+    return write
+
+
+def _positions(by_position: Any, train_length: int) -> list[str]:
+    """About ten of the ranges."""
+    entries = by_position["entries"]
+    step = -(-len(entries) // 10)
+    shown = entries[::-step][::-1]
+    starts = "".join(f"{entry['start']:>8}" for entry in shown)
+    values = "".join(f"{_or('{:.3f}'.format, entry['bits_per_byte']):>8}" for entry in shown)
+    return [f"position{starts}", f"bits/byte{values[1:]}"]
+
+
+def _truncation(entries: Any, train_length: int) -> list[str]:
+    length = entries[-1]["length"]
+    lines = [f"{'window':>8}{'bits/byte':>17}  loss change [95% interval]  truncation at {length}"]
+    for entry in entries:
+        full = entry["window"] == length
+        change = "(all keys)" if full else relative_change(entry)
+        bits = _or("{:.4f}".format, entry["bits_per_byte"])
+        lines.append(f"{entry['window']:>8}{bits:>17}  {change}")
+    return lines
+
+
+def _mass(mass: Any, train_length: int) -> list[str]:
+    """For each head the median over layers of the nearest keys that hold 90% of its attention."""
+    index = mass["quantiles"].index(0.9)
+    heads: dict[int, list[Any]] = {}
+    for head in mass["heads"]:
+        heads.setdefault(head["head"], []).append(head)
+    keys, slope_keys = [], []
+    for layers in heads.values():
+        found = sorted(layer["keys"][index] or 0 for layer in layers)
+        keys.append(f"{found[len(found) // 2]:.0f}")
+        of_slope = layers[0]["slope_keys"]
+        slope_keys.append("-" if of_slope is None else str(of_slope[index]))
+    lines = [f"keys that hold 90% of attention at {mass['length']}, by head (median over layers)"]
+    for name, row in (("measured", keys), ("slope alone", slope_keys)):
+        if set(row) != {"-"}:
+            lines += textwrap.wrap(
+                f"{name:<12}" + "".join(f"{word:>8}" for word in row),
+                _WIDTH,
+                subsequent_indent=" " * 12,
+                drop_whitespace=False,
+            )
+    return lines
+
+
+def _needle(task: Any, train_length: int) -> list[str]:
+    entries = task["entries"]
+    depths = sorted({entry["depth"] for entry in entries})
+    lines = [
+        f"needle found [95% interval]; by chance: {task['chance']:.0%}",
+        f"{'tokens':>8}" + "".join(f"{f'depth {depth:g}':>14}" for depth in depths),
+    ]
+    for length in sorted({entry["length"] for entry in entries}):
+        row = [entry for entry in entries if entry["length"] == length]
+        lines.append(f"{length:>8}" + "".join(f"{_accuracy(entry):>14}" for entry in row))
+    return lines
+
+
+def _recall(task: Any, train_length: int) -> list[str]:
+    lines = [f"values found by their keys [95% interval]; by chance: {task['chance']:.0%}"]
+    return lines + [f"{entry['length']:>8}{_accuracy(entry):>14}" for entry in task["entries"]]
+
+
+def _accuracy(entry: Mapping[str, Any]) -> str:
+    low, high = entry["interval"]
+    return f"{entry['accuracy']:.0%} [{100 * low:.0f},{100 * high:.0f}]"

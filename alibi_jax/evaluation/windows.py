@@ -1,0 +1,174 @@
+"""The held-out tokens that every protocol scores: windows spread over documents."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from alibi_jax.errors import UserError
+
+_MIN_UNITS = 2  # fewer documents give no interval
+
+
+class TokenizedDocuments(Protocol):
+    """Tokenized documents, one after the other (`alibi_jax.data.corpus.TokenizedSplit`)."""
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Token ids, int [total]."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """Where documents start, and the end of the last, int64 [num_documents + 1]."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The held-out tokens that every length scores.
+
+    Attributes:
+        tokens: int32 [N, longest + 1]; the first of each row is context only.
+        document: int64 [N], which unit a window comes from; the bootstrap resamples these.
+        unit: What such a unit is: "document", or "piece" of the concatenated stream.
+    """
+
+    tokens: np.ndarray
+    document: np.ndarray
+    unit: str
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens that are scored."""
+        return self.tokens[:, 1:].size
+
+    @property
+    def per_document(self) -> list[int]:
+        """Number of windows of each document, in the order of `bootstrap.document_sums`."""
+        return np.unique(self.document, return_counts=True)[1].tolist()
+
+
+def supported_lengths(
+    split: TokenizedDocuments, lengths: Sequence[int], packing: str
+) -> tuple[tuple[int, ...], str | None]:
+    """Leave out the lengths that the held-out documents are too short for.
+
+    A length stays if two documents (or pieces of the stream) hold it, so that it has an interval;
+    where even the first length has only one, one is enough.
+
+    Args:
+        split: Held-out documents.
+        lengths: Tokens per window, shortest first.
+        packing: "documents": a window lies inside one document; "stream": it may cross documents.
+
+    Returns:
+        The lengths that stay, and a line that says which do not and why (None if all stay).
+
+    Raises:
+        UserError: If not even the first length is possible.
+    """
+    units = [_num_units(split, length, packing) for length in lengths]
+    longest = max(np.diff(_offsets(split, packing)), default=0)
+    text = "the held-out text" if packing == "stream" else "the longest held-out document"
+    if units[0] == 0:
+        raise UserError(
+            f"evaluation needs {lengths[0] + 1} tokens for one window of {lengths[0]}, but {text} "
+            f"has {longest}; give longer held-out text or train at a shorter length"
+        )
+    needed = min(_MIN_UNITS, units[0])
+    kept = tuple(length for length, count in zip(lengths, units, strict=True) if count >= needed)
+    if len(kept) == len(lengths):
+        return kept, None
+    left_out = ", ".join(str(length) for length in lengths[len(kept) :])
+    unit = _unit(packing) + ("s" if needed > 1 else "")
+    return kept, (
+        f"evaluation lengths left out: {left_out} (each needs {needed} held-out {unit} of more "
+        f"than that many tokens; {text} has {longest})"
+    )
+
+
+def longest_windows(
+    split: TokenizedDocuments, *, longest: int, num_windows: int, packing: str
+) -> Windows:
+    """Take windows of `longest` targets, spread evenly over the held-out text.
+
+    With packing "documents" every document that is long enough gives one window before any gives
+    a second, and the windows of a document are spread evenly over it (a single one comes from its
+    middle: books begin with title pages). No two windows score the same token, and nothing is
+    random.
+
+    Args:
+        split: Held-out documents.
+        longest: Targets per window.
+        num_windows: Windows wanted; fewer come back if the text holds no more.
+        packing: "documents": a window lies inside one document; "stream": windows are pieces of
+            the concatenated documents, and each counts as a unit of its own.
+
+    Returns:
+        The windows, in the order of the text.
+
+    Raises:
+        UserError: If the text does not hold a single window.
+    """
+    offsets = _offsets(split, packing)
+    capacity = _capacity(offsets, longest)
+    share = _shares(capacity, num_windows)
+    if not share.any():
+        raise UserError(
+            f"no held-out {_unit(packing)} has the {longest + 1} tokens of an evaluation window of "
+            f"{longest}; give longer held-out text or shorten config.evaluation.multiples"
+        )
+    document = np.repeat(np.arange(len(share)), share)
+    starts = np.concatenate(
+        [offsets[i] + longest * _spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
+    )
+    tokens = np.stack([split.tokens[start : start + longest + 1] for start in starts])
+    if packing == "stream":
+        document = np.arange(len(starts))
+    return Windows(tokens=tokens.astype(np.int32), document=document, unit=_unit(packing))
+
+
+def bytes_per_token(windows: Windows, decode: Callable[[np.ndarray], str]) -> float:
+    """Measure UTF-8 bytes per target of the windows, which turns nats per token into bits per byte.
+
+    Args:
+        windows: The windows that are scored.
+        decode: Text of token ids [n].
+    """
+    targets = windows.tokens[:, 1:]
+    return sum(len(decode(row).encode()) for row in targets) / targets.size
+
+
+def _unit(packing: str) -> str:
+    return {"documents": "document", "stream": "piece"}[packing]
+
+
+def _offsets(split: TokenizedDocuments, packing: str) -> np.ndarray:
+    """Bounds that no window crosses; the stream is one long document."""
+    return np.array([0, len(split.tokens)]) if packing == "stream" else split.offsets
+
+
+def _capacity(offsets: np.ndarray, length: int) -> np.ndarray:
+    """Windows of `length` targets that each document holds, int [num_documents]."""
+    return np.maximum(np.diff(offsets) - 1, 0) // length
+
+
+def _num_units(split: TokenizedDocuments, length: int, packing: str) -> int:
+    """Units with a window of this length: documents, or pieces of the stream."""
+    capacity = _capacity(_offsets(split, packing), length)
+    return int(capacity.sum() if packing == "stream" else np.count_nonzero(capacity))
+
+
+def _shares(capacity: np.ndarray, num_windows: int) -> np.ndarray:
+    """Windows to take from each document: one from each, then a second from each, and so on."""
+    share = np.zeros_like(capacity)
+    while num_windows > 0 and (open_documents := np.flatnonzero(capacity > share)).size:
+        count = min(num_windows, len(open_documents))
+        share[open_documents[_spread(len(open_documents), count)]] += 1
+        num_windows -= count
+    return share
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """`count` of the indices 0..total-1, evenly spaced and centred, int64 [count]."""
+    return (2 * np.arange(count) + 1) * total // (2 * count)

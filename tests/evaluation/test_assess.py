@@ -1,0 +1,244 @@
+"""Planted models go through every protocol, and the verdict finds what was planted."""
+
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from alibi_jax.data.tokenizers import ByteTokenizer
+from alibi_jax.errors import UserError
+from alibi_jax.evaluation import EvaluationConfig, write_json
+from alibi_jax.evaluation.assess import PROTOCOLS, assess
+from alibi_jax.evaluation.tables import evaluation_table
+from tests.evaluation.oracles import copies, explodes, remembers_pairs, scorer, uses
+
+TRAINED = 64
+LENGTHS = (64, 128, 256, 512, 1024)
+CONFIG = EvaluationConfig(
+    num_windows=8, num_targets=16, num_trials=12, tokens_per_batch=2048, num_bootstrap=200
+)
+
+
+@dataclasses.dataclass
+class Split:
+    """Tokenized documents."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+
+
+def split_of(*lengths):
+    rng = np.random.default_rng(0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    # Letters whose range differs between documents, so that their losses do.
+    low = np.repeat(rng.integers(97, 110, len(lengths)), lengths)
+    return Split(low + rng.integers(0, 12, offsets[-1]), offsets)
+
+
+BOOKS = split_of(1030, 2100, 1025, 1500, 1100, 1800)
+
+
+def evaluate(model, split=BOOKS, lengths=LENGTHS, config=CONFIG, **kwargs):
+    return assess(
+        model,
+        split,
+        ByteTokenizer(),
+        config,
+        train_length=TRAINED,
+        lengths=lengths,
+        packing="documents",
+        **kwargs,
+    )
+
+
+@pytest.fixture(scope="module")
+def found():
+    return evaluate(scorer())
+
+
+def test_the_verdict_finds_what_was_planted(found):
+    verdict = found["verdict"]
+    assert verdict["holds_to"] == 1024 and verdict["holds_to_interval"] == [1024, 1024]
+    assert verdict["uses_context_to"] == 64 and verdict["uses_context_to_interval"] == [64, 64]
+    assert verdict["retrieves_to"] == 1024 and verdict["retrieves_to_interval"] == [1024, 1024]
+    assert verdict["text"] == (
+        "Holds to at least 1024 tokens [1024, 1024] (paired, within 1%), uses context to 64 tokens "
+        "[64, 64], retrieves to at least 1024 tokens [1024, 1024]."
+    )
+    assert verdict["holds_to_protocol"] == "fixed_targets"
+    assert verdict["uses_context_to_protocol"] == "truncation"
+    assert verdict["retrieves_to_protocol"] == "needle"
+    # The nonoverlapping curve falls, by fewer tokens with little context alone.
+    assert "nonoverlapping windows alone would mislead: at 1024" in verdict["warning"]
+    assert "-" in verdict["warning"].split("loss changes by")[1][:3]
+
+
+def test_every_protocol_is_there_and_is_json(found, tmp_path):
+    assert tuple(found["protocols"]) == PROTOCOLS
+    assert found["left_out"] == []
+    write_json(found, tmp_path / "evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == found
+    lines = evaluation_table(found).splitlines()
+    assert max(map(len, lines)) <= 100
+    text = " ".join(evaluation_table(found).split())
+    assert text.endswith(f"{found['verdict']['text']} Warning: {found['verdict']['warning']}")
+
+
+@pytest.mark.parametrize("reach", [64, 128, 256])
+def test_truncated_on_purpose_is_found_to_use_so_much(reach):
+    verdict = evaluate(scorer(uses(reach)), wanted=("truncation",))["verdict"]
+    assert verdict["uses_context_to"] == reach
+    assert verdict["holds_to"] is None and verdict["retrieves_to"] is None
+    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}]."
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(0.004, 64), (0.006, 1024)])
+def test_context_that_gains_half_a_percent_is_used(gain, expected):
+    def losses(tokens, window):
+        return uses(64)(tokens, window) * (1 if window is None else 1 + gain)
+
+    verdict = evaluate(scorer(losses), wanted=("truncation",))["verdict"]
+    assert verdict["uses_context_to"] == expected
+
+
+def test_windows_that_all_lose_to_a_shorter_one_are_not_used():
+    """Full context is worst: what counts is where a longer window stops helping."""
+
+    def losses(tokens, window):
+        return uses(64)(tokens, window) + (1.0 if window is None or window > 128 else 0.0)
+
+    assert evaluate(scorer(losses), wanted=("truncation",))["verdict"]["uses_context_to"] == 64
+
+
+def test_an_exploding_loss_does_not_hold():
+    found = evaluate(scorer(explodes(TRAINED)))
+    verdict = found["verdict"]
+    assert verdict["holds_to"] == TRAINED and verdict["holds_to_interval"] == [64, 64]
+    assert verdict["warning"] is None
+    assert "Holds to 64 tokens" in verdict["text"]
+    rising = [entry["relative_change"] for entry in found["protocols"]["fixed_targets"]]
+    assert all(np.diff(rising) > 0.1)
+
+
+def test_infinities_are_null_and_no_crash(tmp_path):
+    def losses(tokens, window):
+        return np.where(np.arange(1, tokens.shape[1])[None] > 100, np.inf, 2.0) * np.ones(
+            (len(tokens), 1)
+        )
+
+    found = evaluate(scorer(losses))
+    write_json(found, tmp_path / "evaluation.json")
+    verdict = found["verdict"]
+    assert verdict["holds_to"] == TRAINED
+    assert verdict["uses_context_to"] is None
+    assert found["protocols"]["by_position"]["entries"][-1]["nats_per_token"] is None
+    assert "not finite" in evaluation_table(found)
+
+
+@pytest.mark.parametrize(("reach", "expected"), [(10**9, 1024), (300, 256), (100, 64), (20, 0)])
+def test_a_copy_task_is_retrieved_to_its_range(reach, expected):
+    found = evaluate(scorer(logits=copies(reach)), wanted=("needle",))
+    assert found["verdict"]["retrieves_to"] == expected
+    assert found["verdict"]["retrieves_to_interval"] == [expected, expected]
+    for entry in found["protocols"]["needle"]["entries"]:
+        # Cue and needle are within reach, or nothing is.
+        if entry["distance"] + 3 <= reach:
+            assert entry["accuracy"] == 1
+        elif entry["distance"] > reach + 5:
+            assert entry["accuracy"] < 0.5
+
+
+@pytest.mark.parametrize(("reach", "expected"), [(10**9, 1024), (300, 256)])
+def test_recall_reaches_its_range(reach, expected):
+    found = evaluate(scorer(logits=remembers_pairs(reach)), wanted=("recall",))
+    assert found["verdict"]["recalls_to"] == expected
+    assert [entry["accuracy"] == 1 for entry in found["protocols"]["recall"]["entries"]] == [
+        length <= expected for length in LENGTHS
+    ]
+
+
+def test_a_model_that_reads_nothing_is_right_by_chance():
+    def logits(tokens, count):
+        rng = np.random.default_rng(tokens.sum())
+        return rng.normal(size=(len(tokens), count, 257))
+
+    config = dataclasses.replace(CONFIG, num_trials=100)
+    found = evaluate(
+        scorer(logits=logits), lengths=(64,), config=config, wanted=("needle", "recall")
+    )
+    for task in ("needle", "recall"):
+        entries = found["protocols"][task]["entries"]
+        accuracy = np.mean([entry["accuracy"] for entry in entries])
+        total = len(entries) * 100 * found["protocols"][task]["num_symbols"]
+        assert accuracy == pytest.approx(0.1, abs=4 * math.sqrt(0.1 * 0.9 / total))
+        assert found["protocols"][task]["chance"] == 0.1
+    assert found["verdict"]["retrieves_to"] == 0
+    assert "etrieves from no length reliably" in found["verdict"]["text"]
+
+
+def test_attention_of_the_slope_alone_has_the_slopes_quantiles(found):
+    mass = found["protocols"]["attention_mass"]
+    assert mass["length"] == 1024 and mass["quantiles"] == [0.5, 0.9, 0.99]
+    assert [(head["layer"], head["head"]) for head in mass["heads"]] == [
+        (layer, head) for layer in range(3) for head in range(2)
+    ]
+    for head in mass["heads"]:
+        slope = (0.5, 1 / 64)[head["head"]]
+        assert head["slope"] == slope
+        for p, keys, expected in zip(
+            mass["quantiles"], head["keys"], head["slope_keys"], strict=True
+        ):
+            assert expected == math.ceil(math.log(1 - p) / -slope)
+            # Edges are a quarter octave apart.
+            assert keys == pytest.approx(math.log(1 - p) / -slope, rel=0.05, abs=0.3)
+
+
+def test_sliding_windows_score_the_same_targets_with_little_less_context(found):
+    entries = found["protocols"]["sliding_window"]
+    assert [entry["length"] for entry in entries] == [64, 128, 256, 512]
+    assert [entry["stride"] for entry in entries] == [16, 32, 64, 128]
+    assert [entry["cost"] for entry in entries] == [4, 4, 4, 4]
+    # All targets have at least 48 of the 64 tokens that help.
+    bound = 0.05 * math.log2(64 / 48)
+    assert -bound <= entries[-1]["change"] <= 0
+
+
+def test_loss_by_position_is_that_of_the_oracle(found):
+    by_position = found["protocols"]["by_position"]
+    entries = by_position["entries"]
+    assert by_position["length"] == 1024
+    assert entries[0]["start"] == 0 and entries[-1]["stop"] == 1024
+    assert TRAINED in [entry["start"] for entry in entries]
+    first = entries[0]["nats_per_token"]
+    assert first - entries[-1]["nats_per_token"] == pytest.approx(0.05 * 6, abs=0.15)
+
+
+def test_what_the_data_cannot_serve_is_left_out_with_a_reason():
+    said = []
+    short = split_of(150, 140, 90)
+    found = evaluate(scorer(), short, say=said.append)
+    assert [entry["length"] for entry in found["protocols"]["fixed_targets"]] == [64, 128]
+    assert said == found["left_out"]
+    assert "left out: 256, 512, 1024" in said[0]
+    assert said[1].startswith("sliding_window left out: its targets are the second half")
+    assert "sliding_window" not in found["protocols"]
+    assert found["verdict"]["holds_to"] == 128
+
+
+def test_nothing_left_to_evaluate_is_refused():
+    with pytest.raises(UserError, match=r"nothing is left to evaluate: .*second half"):
+        evaluate(scorer(), split_of(150, 140), wanted=("sliding_window",))
+
+
+def test_one_document_has_a_verdict_without_intervals():
+    found = evaluate(scorer(), split_of(3000))
+    assert found["verdict"]["holds_to_interval"] is None
+    assert found["verdict"]["uses_context_to_interval"] is None
+    assert "uses context to 64 tokens, " in found["verdict"]["text"]
+    assert found["verdict"]["warning"] is None
+
+
+def test_it_is_deterministic(found):
+    assert evaluate(scorer()) == found

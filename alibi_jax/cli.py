@@ -18,6 +18,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "compare": Command("alibi_jax.evaluation.compare", "train position methods side by side"),
     "eval": Command("alibi_jax.evaluation.run", "what longer inputs buy a trained model"),
+    "report": Command("alibi_jax.evaluation.html", "one HTML page about runs and comparisons"),
     "plan": Command("alibi_jax.plan", "memory, FLOPs and step time of a run on a TPU slice"),
 }
 

@@ -288,7 +288,7 @@ class Pairs(NamedTuple):
 
     distance: Int[Array, "t s"]  # at least 0
     position: Int[Array, "t 1"]  # the query's
-    seen: Bool[Array, "t s"] | Bool[Array, ""]  # False where a mask hides the key
+    seen: Bool[Array, "#t #s"]  # False where a mask hides the key
     query_axis: int
 
 

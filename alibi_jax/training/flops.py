@@ -13,13 +13,13 @@ from alibi_jax.models.positions.fire import WIDTH as FIRE_WIDTH
 def flops_per_token(config: DecoderConfig, length: int) -> float:
     """Model FLOPs of training on one token: 6 N + 12 L H D T, the convention of PaLM's appendix B.
 
-    N counts the parameters that multiply activations: projections (a Forgetting Transformer's gates
-    too), MLP and output head (an adaptive one as if every token needed all of its bands). Looking
-    up an embedding, norms, biases, softmax and the optimizer count as nothing. The second term is
+    N counts the parameters that multiply activations: projections (forget gates too), MLP and
+    output head (an adaptive one as if every token needed all of its bands). Looking up an
+    embedding, norms, biases, softmax and the optimizer count as nothing. The second term is
     attention's two products over all T keys, as if it were not causal: the half that causality
     masks is counted, and so is every tile that `alibi_jax.attention` leaves out. FIRE's MLP is
-    counted alike, for all T keys; other methods' biases are a few operations a logit, and nothing.
-    What is computed again (`config.remat`, attention's backward pass) is not.
+    counted alike; other biases are a few operations a logit, and count as nothing. What is computed
+    again (`config.remat`, attention's backward pass) is not.
 
     Args:
       config: the model, with its vocabulary size.

@@ -275,7 +275,7 @@ def test_the_command(found, config_file, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["plon"], "alibi plon is not known: there is plan"),
+        (["plon"], "alibi plon is not known: there is "),
         (["plan", "--topology=v5e:2x2"], "--config is missing"),
         (["plan", "--config={config}"], "--topology is missing"),
         (["plan", "--topologies=v5e:2x2"], "--topologies is not known: there is --config"),

@@ -64,7 +64,6 @@ _MOST_SEEDS = 1000
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 done; 130 stopped by a signal, all saved. Raises UserError for bad input."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     flags = parse_flags(arguments, _FLAGS)
     for name in ("--config", "--methods", "--workdir"):
         require(
@@ -85,7 +84,8 @@ def main(arguments: list[str]) -> int:
     protocols = parse_protocols(flags.get("--protocols"))
     directory = Path(flags["--workdir"]).expanduser()
     try:
-        complete = compare(methods, int(seeds), protocols, directory)
+        with _insistent_signals():
+            complete = compare(methods, int(seeds), protocols, directory)
     except KeyboardInterrupt:
         complete = False
     if not complete:
@@ -157,6 +157,30 @@ def compare(
             _skip(bar, len(planned) * num_steps)
         _write(directory, methods, seeds, runs)
     return True
+
+
+@contextlib.contextmanager
+def _insistent_signals() -> Iterator[None]:
+    """Ctrl-C and SIGTERM raise KeyboardInterrupt, and again each second until this ends.
+
+    JAX swallows it in places, such as a bare `except` while it traces. The training loop has a
+    handler of its own, which saves the run.
+    """
+
+    def handle(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise KeyboardInterrupt
+
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # a job in the background
+    previous = {number: signal.signal(number, handle) for number in heard}
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

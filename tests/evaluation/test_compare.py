@@ -1,5 +1,6 @@
 """The command: what it refuses, what it writes on the way, and what cannot disturb its numbers."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -117,6 +118,20 @@ def test_tables_and_figure_are_there_after_every_run(folder, tmp_path, performed
     assert comparison["missing"] == [{"method": "none", "seed": 1}]
     assert comparison["config"]["training"]["num_steps"] == STEPS
     assert comparison["versions"]["jax"] == jax.__version__
+
+
+def test_a_signal_that_was_swallowed_comes_again(folder, tmp_path, performed):
+    def swallow(config):
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(30)
+        raise AssertionError("it did not come again")
+
+    performed[1][0] = swallow
+    before = signal.getsignal(signal.SIGTERM)
+    assert compare.main(arguments(folder, tmp_path)) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 @pytest.fixture

@@ -9,12 +9,15 @@ import shutil
 import pytest
 
 from alibi_jax import cli
+from alibi_jax.evaluation import write_json
 from alibi_jax.evaluation.html import page
 from alibi_jax.evaluation.html.chart import Axis, Guides, Line, chart
 from alibi_jax.evaluation.html.read import read
 from alibi_jax.evaluation.html.tags import tag, text
 from tests.evaluation import report_files
 from tests.evaluation.browser import CHROMIUM, browser
+from tests.evaluation.oracles import scorer
+from tests.evaluation.test_assess import evaluate
 
 VOID = {"br", "meta"}
 HOSTILE = "<script>alert(1)</script>&\"'"
@@ -314,3 +317,30 @@ def test_in_a_real_browser(two, tmp_path):
             assert chromium.evaluate("document.documentElement.scrollWidth") <= width
             assert chromium.evaluate(OVERFLOWING) == []
             assert chromium.evaluate(PALE) == []
+
+
+def test_what_alibi_eval_writes_is_shown(tmp_path):
+    """The files above are written by hand; this one is the evaluation's own, of a planted model."""
+    found = evaluate(scorer(), lengths=(64, 128, 256))
+    directory = report_files.run(tmp_path / "planted")
+    write_json(found | {"versions": report_files.VERSIONS}, directory / "evaluation.json")
+    shown = opened(directory)
+    card = shown.all("article")[0]["text"]
+    assert "256 tokens[256, 256]fixed targets" in card  # holds, and retrieves
+    assert "64 tokens[64, 64]truncation" in card
+    assert found["verdict"]["warning"] in card
+    entries = found["protocols"]["truncation"]
+    header, row = shown.cells("Bits per byte with truncated attention")
+    assert header[1:] == [f"W = {entry['window'] or entry['length']:,}" for entry in entries]
+    for cell, entry in zip(row[1:], entries, strict=True):
+        assert cell.startswith(f"{entry['bits_per_byte']:.4f}")
+    needle = {
+        (e["length"], e["depth"]): e["accuracy"] for e in found["protocols"]["needle"]["entries"]
+    }
+    depths, *rows = shown.cells("planted: needles found")
+    assert len(rows) * (len(depths) - 1) == len(needle)
+    assert all(cell.startswith("100%") for row in rows for cell in row[1:])
+    assert set(needle.values()) == {1.0}
+    assert len(shown.cells("planted: nearest keys")) == 1 + len(
+        found["protocols"]["attention_mass"]["heads"]
+    )

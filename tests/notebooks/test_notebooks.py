@@ -34,7 +34,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     before = set(path.parent.iterdir())
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(path.parent)}}
-    nbclient.NotebookClient(notebook, timeout=600, resources=folder).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources=folder).execute()
     assert set(path.parent.iterdir()) == before  # leaves no file behind
     pictures = [
         output

@@ -245,3 +245,19 @@ def test_one_document_has_a_verdict_without_intervals():
 
 def test_it_is_deterministic(found):
     assert evaluate(scorer()) == found
+
+
+def test_changes_by_length_are_those_of_the_oracle(found):
+    """Fixed targets have 49 to 64 keys at the training length, and 64 beyond; others have fewer."""
+    seen = np.arange(1, 1025)
+    nats = -0.05 * np.log2(np.minimum(seen, 64))
+    for length, fixed, whole in zip(
+        LENGTHS,
+        found["protocols"]["fixed_targets"],
+        found["protocols"]["nonoverlapping"],
+        strict=True,
+    ):
+        expected = nats[length - 16 : length].mean() - nats[48:64].mean()
+        assert fixed["change"] == pytest.approx(expected, abs=1e-6)
+        expected = nats[:length].mean() - nats[:64].mean()
+        assert whole["change"] == pytest.approx(expected, abs=1e-6)

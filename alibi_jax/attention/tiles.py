@@ -276,8 +276,10 @@ def _near(
 ) -> Float[Array, "T"]:
     """Return the log-sum-exp of each row over its own block of keys and the one before.
 
-    Row i stands at key i + S - T, as the default positions have it. Where other positions put it
-    elsewhere the sum is over other keys that it sees, or none: less tight, and as true.
+    Row i stands at key i + S - T, as the default positions have it, or so that the last row stands
+    at the first key of its position: queries may be in the middle of keys, as in a cache that is
+    not full. Where positions put others elsewhere, the sum is over other keys that they see, or
+    none: less tight, and as true.
 
     Args:
       q: queries, times the scale.
@@ -291,7 +293,11 @@ def _near(
     """
     (length, _), key_length = q.shape, len(k)
     count = -(-length // NEAR)
-    start = key_length - length
+    start: Any = key_length - length
+    if start != 0:
+        own = positions[1] == positions[0][-1]
+        start = jnp.where(own.any(), jnp.argmax(own).astype(jnp.int32) - (length - 1), start)
+    index = start - NEAR + jnp.arange((count + 1) * NEAR, dtype=jnp.int32)
 
     def of_queries(x: Array) -> Array:
         padded = jnp.pad(x, [(0, count * NEAR - length)] + [(0, 0)] * (x.ndim - 1))
@@ -299,9 +305,10 @@ def _near(
 
     def of_keys(x: Array) -> Array:
         """Return [count, 2 * NEAR, ...]: for each block of queries its own and the one before."""
-        low, high = NEAR - start, start + count * NEAR - key_length
-        rest = [(0, 0, 0)] * (x.ndim - 1)
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0), *rest])
+        if length == key_length:  # a copy, which takes less than looking up
+            x = jnp.pad(x, [(NEAR, count * NEAR - length)] + [(0, 0)] * (x.ndim - 1))
+        else:
+            x = x.at[index].get(mode="clip")
         blocks = x.reshape(count + 1, NEAR, *x.shape[1:])
         return jnp.concatenate([blocks[:-1], blocks[1:]], axis=1)
 
@@ -314,7 +321,8 @@ def _near(
         distance,
         of_queries(positions[2])[:, :, None],
     )
-    seen = of_keys(jnp.ones(key_length, bool))[:, None, :]
+    exists = ((index >= 0) & (index < key_length)).reshape(count + 1, NEAR)
+    seen = jnp.concatenate([exists[:-1], exists[1:]], axis=1)[:, None, :]
     if causal:
         seen &= signed >= 0
     if window is not None:

@@ -268,3 +268,19 @@ def test_error_at_the_default_tolerance_is_that_of_dense(causal):
         got = jax.jit(partial(run, implementation=name))(query, key, value, m)
         error[name] = np.sqrt(np.mean(np.square(np.asarray(got, np.float64) - exact)))
     assert 0 < error["blockwise"] <= 1.1 * error["dense"] < 1e-6
+
+
+def test_queries_in_the_middle_of_a_cache_leave_out_as_much():
+    """As much as in a row that ends with them; the keys after them are not filled in yet."""
+    rng = np.random.default_rng(0)
+    query, key = (normal(rng, 1, n, 2, 16) for n in (128, 2048))
+    m = np.array([0.5, 0.25])
+    filled = 1024
+    short_first, short_end = kept_ranges(query, key[:, :filled], m, 1e-7)
+    at = np.arange(filled - 128, filled)[None]
+    first, end = kept_ranges(query, key, m, 1e-7, query_positions=at)
+    assert (first >= filled - 512).all()
+    # The mean key, which both take the norms from, is another: a tile more or less.
+    np.testing.assert_allclose(first, short_first, atol=TILES["key_tile"])
+    np.testing.assert_array_equal(end, short_end)
+    assert worst_dropped(query, key, m, 1e-7, query_positions=at) <= 1e-7

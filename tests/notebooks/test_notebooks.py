@@ -47,14 +47,15 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
 def test_is_published_as_it_ran(path):
-    """Readers on the web see outputs: of one run, whole, in order, and of nobody's machine."""
+    """Readers on the web see outputs: of one whole run and of nobody's machine, or none."""
     assert path.stat().st_size < LARGEST
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     cells = code_cells(notebook)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     outputs = [output for cell in cells for output in cell.outputs]
+    if outputs:
+        assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
     text = re.sub(r'"image/png": "[^"]*"', "", path.read_text())
     assert not re.findall(r'[ "\'](?:/home|/root|/tmp|/Users|/work)/\S*', text)

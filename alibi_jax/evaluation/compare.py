@@ -33,6 +33,7 @@ on. On Ctrl-C the run is saved first.
 import contextlib
 import json
 import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -163,8 +164,8 @@ def compare(
 def _insistent_signals() -> Iterator[None]:
     """Ctrl-C and SIGTERM raise KeyboardInterrupt, and again each second until this ends.
 
-    JAX swallows it in places, such as a bare `except` while it traces. The training loop has a
-    handler of its own, which saves the run.
+    Callbacks of weak references, which JAX makes many of, and bare `except` swallow it. The
+    training loop has a handler of its own, which saves the run.
     """
 
     def handle(number: int, frame: Any) -> None:
@@ -172,6 +173,11 @@ def _insistent_signals() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         raise KeyboardInterrupt
 
+    def unraisable(what: Any) -> None:
+        if what.exc_type is not KeyboardInterrupt:  # it comes again: nothing to tell
+            hook(what)
+
+    hook, sys.unraisablehook = sys.unraisablehook, unraisable
     numbers = [signal.SIGTERM, signal.SIGINT]
     heard = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]  # a job in the background
     previous = {number: signal.signal(number, handle) for number in heard}
@@ -179,6 +185,7 @@ def _insistent_signals() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
+        sys.unraisablehook = hook
         for number, handler in previous.items():
             signal.signal(number, handler)
 

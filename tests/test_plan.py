@@ -318,6 +318,6 @@ def test_without_libtpu(config_file, capsys, monkeypatch):
 
 def test_help(capsys):
     assert cli.main(["--help"]) == 0
-    assert "plan  memory, FLOPs and step time" in capsys.readouterr().out
+    assert "memory, FLOPs and step time of a run" in capsys.readouterr().out
     assert cli.main(["plan", "--help"]) == 0
     assert "--topology=CHIP:SHAPE" in capsys.readouterr().out

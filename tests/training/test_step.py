@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from alibi_jax.attention import attention
 from alibi_jax.config import OptimizerConfig
-from alibi_jax.models import DecoderConfig, layers
+from alibi_jax.models import DecoderConfig, block
 from alibi_jax.sharding import MeshConfig, make_mesh, spec
 from alibi_jax.training import loop
 from alibi_jax.training.optimizer import learning_rate_schedule, make_optimizer
@@ -278,11 +278,11 @@ def test_who_gets_segment_ids(monkeypatch, config, changed, meshes, packing, giv
     """A stream of text must reach attention without, since cuDNN takes none."""
     seen = []
 
-    def record(query, key, value, slopes, *, segment_ids, **options):
+    def record(*arrays, segment_ids, **options):
         seen.append(segment_ids is not None)
-        return attention(query, key, value, slopes, segment_ids=segment_ids, **options)
+        return attention(*arrays, segment_ids=segment_ids, **options)
 
-    monkeypatch.setattr(layers, "attention", record)
+    monkeypatch.setattr(block, "attention", record)
     mesh = meshes[8, 1, 1]
     with jax.set_mesh(mesh):
         loop.lower_step(changed(config, data={"packing": packing}), mesh)

@@ -3,7 +3,8 @@
   python benchmarks/quickstart.py
 
 Writes results/quickstart_METHOD.json, what the run left in extrapolation.json with the seconds that
-the command took, and results/quickstart_METHOD.png.
+the command took, and results/quickstart_METHOD.png; and of ALiBi's run what `alibi eval` writes, as
+results/quickstart_evaluation.{json,png}.
 """
 
 import json
@@ -36,3 +37,11 @@ for method in ("alibi", "sinusoidal"):
         record = summary | {"command_seconds": round(seconds, 1)}
         (RESULTS / f"quickstart_{method}.json").write_text(json.dumps(record, indent=1) + "\n")
         shutil.copy(Path(workdir) / "extrapolation.png", RESULTS / f"quickstart_{method}.png")
+        if method == "alibi":
+            command = [sys.executable, "-m", "alibi_jax", "eval", f"--workdir={workdir}"]
+            subprocess.run(command, cwd=ROOT, check=True)
+            for suffix in ("json", "png"):
+                shutil.copy(
+                    Path(workdir) / f"evaluation.{suffix}",
+                    RESULTS / f"quickstart_evaluation.{suffix}",
+                )

@@ -4,7 +4,8 @@
   the training length, there and at every length below.
 - It uses context to Y: the smallest W such that, with all keys at a distance of W or more masked in
   every layer, the loss on fixed targets is at most 0.5% above the lowest that this or any larger W
-  gives, no mask among them. So no context beyond Y lowers the loss by more than 0.5%.
+  gives, no mask among them. So no layer needs to look back further for more than 0.5% of the loss.
+  What a layer saw the next passes on: through N layers a token depends on up to N (Y - 1) before.
 - It retrieves to Z: the largest length at which a needle is found at every depth, there and at
   every length below: the 95% interval of the accuracy lies above chance by more than a margin.
 
@@ -168,7 +169,8 @@ def sentence(judged: Mapping[str, Any], longest: int) -> str:
     if judged["uses_context_to"] is not None:
         broken = judged["holds_to"] is not None and judged["holds_to"] < longest
         where = f" (of {longest}, where it does not hold)" if broken else ""
-        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}{where}")
+        used = _tokens(judged, "uses_context_to", longest)
+        parts.append(f"uses context to {used} in every layer{where}")
     if judged["retrieves_to"]:
         parts.append(f"retrieves to {_tokens(judged, 'retrieves_to', longest)}")
     elif judged["retrieves_to"] == 0:
@@ -179,8 +181,9 @@ def sentence(judged: Mapping[str, Any], longest: int) -> str:
 
 def _tokens(judged: Mapping[str, Any], name: str, longest: int) -> str:
     tokens, interval = judged[name], judged[f"{name}_interval"]
-    bound = "at least " if tokens == longest else ""
-    if name == "uses_context_to" and tokens == SHORTEST_WINDOW:
+    low, high = (tokens, tokens) if interval is None else interval
+    bound = "at least " if low == tokens == longest else ""
+    if name == "uses_context_to" and tokens == high == SHORTEST_WINDOW:
         bound = "at most "
-    ends = "" if interval is None else f" [{interval[0]}, {interval[1]}]"
+    ends = "" if interval is None else f" [{low}, {high}]"
     return f"{bound}{tokens} tokens{ends}"

@@ -9,7 +9,7 @@ import pytest
 
 from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation import EvaluationConfig, write_json
+from alibi_jax.evaluation import EvaluationConfig, judgement, write_json
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
 from alibi_jax.evaluation.tables import evaluation_table
 from tests.evaluation.oracles import copies, explodes, remembers_pairs, scorer, uses
@@ -65,7 +65,7 @@ def test_the_verdict_finds_what_was_planted(found):
     assert verdict["retrieves_to"] == 1024 and verdict["retrieves_to_interval"] == [1024, 1024]
     assert verdict["text"] == (
         "Holds to at least 1024 tokens [1024, 1024] (paired, within 1%), uses context to 64 tokens "
-        "[64, 64], retrieves to at least 1024 tokens [1024, 1024]."
+        "[64, 64] in every layer, retrieves to at least 1024 tokens [1024, 1024]."
     )
     assert verdict["holds_to_protocol"] == "fixed_targets"
     assert verdict["uses_context_to_protocol"] == "truncation"
@@ -91,7 +91,7 @@ def test_truncated_on_purpose_is_found_to_use_so_much(reach):
     verdict = evaluate(scorer(uses(reach)), wanted=("truncation",))["verdict"]
     assert verdict["uses_context_to"] == reach
     assert verdict["holds_to"] is None and verdict["retrieves_to"] is None
-    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}]."
+    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}] in every layer."
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.004, 64), (0.006, 1024)])
@@ -119,7 +119,7 @@ def test_an_exploding_loss_does_not_hold():
     assert verdict["warning"] is None
     assert verdict["text"].startswith(
         "Holds to 64 tokens [64, 64] (paired, within 1%), uses context to at most 32 tokens "
-        "[32, 32] (of 1024, where it does not hold), retrieves to at least 1024"
+        "[32, 32] in every layer (of 1024, where it does not hold), retrieves to at least 1024"
     )
     rising = [entry["relative_change"] for entry in found["protocols"]["fixed_targets"]]
     assert all(np.diff(rising) > 0.1)
@@ -239,7 +239,7 @@ def test_one_document_has_a_verdict_without_intervals():
     found = evaluate(scorer(), split_of(3000))
     assert found["verdict"]["holds_to_interval"] is None
     assert found["verdict"]["uses_context_to_interval"] is None
-    assert "uses context to 64 tokens, " in found["verdict"]["text"]
+    assert "uses context to 64 tokens in every layer, " in found["verdict"]["text"]
     assert found["verdict"]["warning"] is None
 
 
@@ -261,3 +261,27 @@ def test_changes_by_length_are_those_of_the_oracle(found):
         assert fixed["change"] == pytest.approx(expected, abs=1e-6)
         expected = nats[:length].mean() - nats[:64].mean()
         assert whole["change"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ([32, 32], "at most 32 tokens"),
+        ([32, 128], "Uses context to 32 tokens [32, 128] in every layer"),
+        (None, "at most 32 tokens in"),
+    ],
+)
+def test_a_bound_is_not_claimed_against_its_own_interval(interval, words):
+    judged = {
+        "holds_to": None,
+        "uses_context_to": 32,
+        "uses_context_to_interval": interval,
+        "retrieves_to": None,
+    }
+    assert words in judgement.sentence(judged, 1024)
+
+
+def test_at_least_is_said_only_where_the_interval_agrees():
+    judged = {"uses_context_to": None, "retrieves_to": None, "holds_to": 1024}
+    assert "to at least" in judgement.sentence(judged | {"holds_to_interval": [1024, 1024]}, 1024)
+    assert "at least" not in judgement.sentence(judged | {"holds_to_interval": [512, 1024]}, 1024)

@@ -114,6 +114,12 @@ class Config:
             f"{context} devices of the context axis: use a multiple of {context}, or a smaller "
             "axis in config.mesh",
         )
+        whole = "forgetting" if self.model.position == "forgetting" else "a sink"
+        require(
+            context == 1 or not (whole == "forgetting" or self.model.sink),
+            f"config.mesh.context={context} divides sequences, and {whole} needs them whole: use "
+            "config.mesh.context=1",
+        )
         sharded = {
             "num_heads": tensor,
             "num_kv_heads": tensor,

@@ -302,6 +302,9 @@ def test_what_is_sharded_must_divide():
     refused(
         "sequence_length=100 .* 8 devices of the context axis: use a multiple of 8", odd.validate, 8
     )
+    for options in ({"position": "forgetting"}, {"sink": True}):
+        refused("mesh.context=8 divides", sharded(DecoderConfig(**options), context=8), 8)
+        sharded(DecoderConfig(**options), data=8)(8)
 
 
 def sharded(model, **mesh):

@@ -277,7 +277,7 @@ def _near(
     """Return the log-sum-exp of each row over its own block of keys and the one before.
 
     Row i stands at key i + S - T, as the default positions have it, or so that the last row stands
-    at the first key of its position: queries may be in the middle of keys, as in a cache that is
+    at the last key of its position: queries may be in the middle of keys, as in a cache that is
     not full. Where positions put others elsewhere, the sum is over other keys that they see, or
     none: less tight, and as true.
 
@@ -296,7 +296,8 @@ def _near(
     start: Any = key_length - length
     if start != 0:
         own = positions[1] == positions[0][-1]
-        start = jnp.where(own.any(), jnp.argmax(own).astype(jnp.int32) - (length - 1), start)
+        after = jnp.argmax(own[::-1]).astype(jnp.int32)  # of several documents, in the last
+        start = jnp.where(own.any(), key_length - after - length, start)
     index = start - NEAR + jnp.arange((count + 1) * NEAR, dtype=jnp.int32)
 
     def of_queries(x: Array) -> Array:

@@ -10,7 +10,7 @@ all of them have run with one seed before any does with the next.
 
 --methods  names of position methods with commas between. Other fields of config.model are set with
            +FIELD=VALUE, or +FIELD for +FIELD=true:
-             alibi,alibi+sink,alibi+learned_slopes,rotary+length_scaling=yarn+scaling_factor=4
+             alibi,alibi+sink,alibi+learned_slopes,alibi+alibi_heads=4,rotary
            "alibi", or else the first, is the reference that the others are compared with.
 --seeds    runs of each method. Their seeds count up from config.training.seed of the file.
 --protocols

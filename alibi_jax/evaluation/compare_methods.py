@@ -26,7 +26,7 @@ def parse_methods(text: str, path: str, overrides: dict[str, str]) -> list[Metho
     """The methods that `--methods=text` names, as variants of the config at `path`.
 
     `alibi+sink` sets config.model.position=alibi and config.model.sink=true;
-    `rotary+length_scaling=yarn+scaling_factor=4` sets two more fields of config.model.
+    `alibi+alibi_heads=4+sink` sets a third field.
 
     Args:
       text: the value of --methods.

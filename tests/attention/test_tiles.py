@@ -284,3 +284,19 @@ def test_queries_in_the_middle_of_a_cache_leave_out_as_much():
     np.testing.assert_allclose(first, short_first, atol=TILES["key_tile"])
     np.testing.assert_array_equal(end, short_end)
     assert worst_dropped(query, key, m, 1e-7, query_positions=at) <= 1e-7
+
+
+def test_where_positions_start_anew_as_much_is_left_out():
+    """Packed documents that each count from 0, of which the last queries are those of the last."""
+    rng = np.random.default_rng(0)
+    query, key = (normal(rng, 1, n, 2, 16) for n in (512, 1024))
+    m, at = np.array([0.5, 0.25]), np.arange(1024)[None] % 512
+    tokens = {
+        "query_positions": at[:, -512:],
+        "key_positions": at,
+        "segment_ids": np.ones((1, 512)),
+        "key_segment_ids": np.arange(1024)[None] // 512,
+    }
+    first, _ = kept_ranges(query, key, m, 1e-7, **tokens)
+    assert (first[0, :, -1] >= 512 + 256).all()
+    assert worst_dropped(query, key, m, 1e-7, **tokens) <= 1e-7

@@ -134,6 +134,21 @@ def test_bam_starts_as_alibi_and_falls_or_rises_with_its_exponent():
     np.testing.assert_array_equal(bound[0], 0.0)
 
 
+def test_bam_is_finite_for_any_exponent():
+    """One infinity is NaN in the gradient of every parameter once their norm is clipped."""
+    _, _, _, bias = bias_at("bam", DISTANCES, 4096)
+    for exponent in (-40.0, 40.0):
+
+        def total(params):
+            changed = dataclasses.replace(bias, params=params)
+            at = jnp.asarray([0, 1, 4096, 2**20])[None, None]
+            return changed.dense(at, jnp.full((1, 1), 2**20)).sum() * 1e-30
+
+        given = (bias.params[0], jnp.full_like(bias.params[1], exponent))
+        value, gradients = jax.value_and_grad(total)(given)
+        assert np.isfinite(value) and np.isfinite(np.asarray(gradients)).all()
+
+
 def test_forgetting():
     shared, layer, _ = method("forgetting")
     x = jax.random.normal(jax.random.key(0), (1, 4097, 32))

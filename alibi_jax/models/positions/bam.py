@@ -20,6 +20,7 @@ from alibi_jax.models.positions.base import Position
 from alibi_jax.typing import Activations, Array, Float, Int, Slopes
 
 EPSILON = 1e-5  # the authors'; it lets b be negative
+LARGEST = 6.0  # exponent, to either side
 
 
 class Bam(Position):
@@ -52,6 +53,8 @@ def _function(
     params: tuple[Array, Array], distance: Int[Array, "t s"], query_position: Array | None
 ) -> Float[Array, "t s"]:
     log_scale, exponent = params
+    # Beyond, float32 overflows at distance 0 or within a million tokens, and gradients are NaN.
+    exponent = jnp.clip(exponent, -LARGEST, LARGEST)
     return -jnp.exp(log_scale) * jnp.power(distance.astype(log_scale.dtype) + EPSILON, exponent)
 
 

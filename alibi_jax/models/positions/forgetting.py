@@ -38,7 +38,7 @@ class Forgetting(Position):
 
     def bias(self, layer: Any, x: Activations, length: int, before: Prefix | None) -> Slopes | Bias:
         """The prefix sums of the tokens of x, queries and keys alike."""
-        log_gates = jax.nn.log_sigmoid(layer(x).astype(jnp.float32))
+        log_gates = jax.nn.log_sigmoid(layer(x.astype(jnp.float32)))
         whole = spec("batch", None, "heads")  # a sum goes over the whole length
         log_gates = log_gates if whole is None else jax.sharding.reshard(log_gates, whole)
         sums = prefix_sums(log_gates, before)

@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 
 from alibi_jax import distributed, evaluation
-from alibi_jax.cli import parse_flags
+from alibi_jax.cli import below, parse_flags
 from alibi_jax.config import Config, describe, load_config
 from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
@@ -56,13 +56,6 @@ def parse(arguments: list[str]) -> dict[str, str] | None:
     for name in ("--config", "--workdir"):
         require(bool(flags.get(name)), f"{name} is missing: give --config=FILE and --workdir=DIR")
     return flags
-
-
-def below(prefix: str, flags: dict[str, str]) -> dict[str, str]:
-    """The flags whose name starts with the prefix, without it."""
-    return {
-        name.removeprefix(prefix): value for name, value in flags.items() if name.startswith(prefix)
-    }
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from alibi_jax.errors import UserError, require
@@ -76,3 +76,10 @@ def parse_flags(arguments: Iterable[str], names: Sequence[str]) -> dict[str, str
         require(bool(equals or words), f"{name} needs a value: {name}=VALUE")
         flags[name] = value if equals else words.pop(0)
     return flags
+
+
+def below(prefix: str, flags: Mapping[str, str]) -> dict[str, str]:
+    """The flags whose name starts with the prefix, without it."""
+    return {
+        name.removeprefix(prefix): value for name, value in flags.items() if name.startswith(prefix)
+    }

@@ -33,7 +33,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from alibi_jax.cli import parse_flags
+from alibi_jax.cli import below, parse_flags
 from alibi_jax.config import Config, load_config
 from alibi_jax.data.config import trained_tokenizer
 from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file
@@ -547,10 +547,8 @@ def main(arguments: list[str]) -> int:
     flags = parse_flags(arguments, ("--config", "--topology", "--json", "--config."))
     for name, example in (("--config", "configs/quickstart.py"), ("--topology", "v5e:4x4")):
         require(bool(flags.get(name)), f"{name} is missing: give {name}={example}")
-    topology = parse_topology(flags.pop("--topology"))
-    path, output = flags.pop("--config"), flags.pop("--json", None)
-    overrides = {name.removeprefix("--config."): value for name, value in flags.items()}
-    config = load_config(path, overrides)
+    topology, output = parse_topology(flags["--topology"]), flags.get("--json")
+    config = load_config(flags["--config"], below("--config.", flags))
     if output is not None:
         require(Path(output).parent.is_dir(), f"--json={output}: there is no such folder")
 

@@ -17,6 +17,7 @@ from alibi_jax.data import load_corpus
 from alibi_jax.models import Decoder
 from alibi_jax.sharding import make_mesh
 from alibi_jax.training import loop
+from tests.texts import draw_words
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 # Of the models of the two papers' configs. The first is what the paper calls 247M, exactly; both
@@ -138,7 +139,7 @@ def test_tiny_keeps_every_mechanism(file):
 def text(tmp_path_factory):
     """A folder with a corpus whose words are as unequal as those of a language."""
     folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 8))) for _ in range(1500)]
+    words = draw_words(rng, 1500)
     weights = [1 / rank for rank in range(1, len(words) + 1)]
     for split, num_lines in (("train", 1000), ("valid", 40), ("test", 40)):
         lines = (" ".join(rng.choices(words, weights, k=12)) for _ in range(num_lines))

@@ -28,6 +28,7 @@ from alibi_jax.training.state import abstract_state
 from alibi_jax.training.workdir import checkpoint_steps
 from tests.disks import disk as disk
 from tests.test_train import CONFIG, last_step, load_train, metrics
+from tests.texts import draw_words, write_texts
 
 pytestmark = pytest.mark.slow
 
@@ -121,10 +122,7 @@ def folder(tmp_path_factory):
         .replace("validate_every=50", "validate_every=20")
     )
     rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 8))) for _ in range(300)]
-    (folder / "text").mkdir()
-    for number in range(40):
-        (folder / "text" / f"{number}.txt").write_text(" ".join(rng.choices(words, k=450)))
+    write_texts(folder / "text", rng, draw_words(rng))
     return folder
 
 

@@ -23,6 +23,7 @@ from alibi_jax.training import checkpoint, goodput
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
 from tests.disks import disk as disk
+from tests.texts import draw_words, write_texts
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 200
@@ -67,11 +68,7 @@ class Command:
         self.folder, self.file = folder, folder / "config.py"
         self.file.write_text(CONFIG.format(folder=folder, steps=STEPS))
         rng = random.Random(0)
-        words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 8))) for _ in range(300)]
-        (folder / "text").mkdir()
-        for number in range(40):
-            text = " ".join(rng.choices(words, k=450))
-            (folder / "text" / f"{number}.txt").write_text(text)
+        write_texts(folder / "text", rng, draw_words(rng))
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),

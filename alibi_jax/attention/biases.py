@@ -266,11 +266,24 @@ def as_bias(
     return jax.tree.map(lambda x: x.astype(float_dtype(dtype)), bias)
 
 
+def has_sink(bias: Bias) -> bool:
+    """Whether the first key of the row is at distance 0 from every query."""
+    return isinstance(bias, LinearBias) and bias.sink
+
+
+def with_sink(bias: Bias, distance: Int[Array, "#B T S"]) -> Int[Array, "#B T S"]:
+    """Return distances to all keys of a row, that of the first one 0 if it is a sink."""
+    if not has_sink(bias):
+        return distance
+    first = jnp.arange(distance.shape[-1], dtype=jnp.int32)[None, None] == 0
+    return jnp.where(first, 0, distance)
+
+
 def beyond_slopes(bias: Bias, window: Array | None) -> str | None:
     """Return what a kernel for `-slope * distance` alone cannot do, or None if it can do all."""
     if not isinstance(bias, LinearBias):
         return type(bias).__name__
-    if bias.sink:
+    if has_sink(bias):
         return "sink"
     return None if window is None else "window"
 

@@ -15,7 +15,7 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Bool, Int
 
-from alibi_jax.attention.biases import Bias, LinearBias, Parts
+from alibi_jax.attention.biases import Bias, Parts, has_sink
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.context import Passes, ring_attention, without_marks
 from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
@@ -80,7 +80,7 @@ def blockwise(
     attend = _attend if axis is None else partial(ring_attention, axis, PASSES)
     tiles = tile, key_tile
     output = attend(
-        Plan(causal, key_length, *tiles, sink=isinstance(bias, LinearBias) and bias.sink),
+        Plan(causal, key_length, *tiles, sink=has_sink(bias)),
         _pad(query, tile),
         _pad(key, key_tile),
         _pad(value, key_tile),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from alibi_jax.attention.biases import Bias, LinearBias
+from alibi_jax.attention.biases import Bias, with_sink
 from alibi_jax.bias import distances, float_dtype
 from alibi_jax.typing import (
     Attended,
@@ -60,10 +60,7 @@ def dense(
 
     # The method, and all of it: one bias a head, added after the scale.
     signed = distances(query_positions, key_positions)
-    distance = jnp.abs(signed)
-    if isinstance(bias, LinearBias) and bias.sink:
-        first = jnp.arange(distance.shape[-1], dtype=jnp.int32)[None, None] == 0
-        distance = jnp.where(first, 0, distance)
+    distance = with_sink(bias, jnp.abs(signed))
     logits += bias.dense(distance, jnp.asarray(query_positions))
 
     seen = signed >= 0 if causal else jnp.ones_like(signed, bool)

@@ -63,7 +63,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from alibi_jax.attention.biases import Bias, LinearBias
+from alibi_jax.attention.biases import Bias, has_sink
 from alibi_jax.bias import distances
 from alibi_jax.typing import Key, Query
 
@@ -136,7 +136,7 @@ def key_ranges(
     """
     batch, _, heads, _ = query.shape
     group = heads // key.shape[2]
-    dtype, sink = scale.dtype, isinstance(bias, LinearBias) and bias.sink
+    dtype, sink = scale.dtype, has_sink(bias)
     log_half = math.log(tolerance) - math.log(2) if tolerance > 0 else -math.inf
 
     def of_all(x: Array) -> Array:

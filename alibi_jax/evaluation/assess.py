@@ -346,39 +346,36 @@ def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
 
 
 def _needle(scorer: Scorer, setting: Setting) -> Task | str:
-    symbols = retrieval.symbols_of(setting.tokenizer.encode_batch)
-    if isinstance(symbols, str):
-        return symbols
-    shortest = retrieval.shortest_needle(symbols)
-    lengths = [length for length in setting.lengths if length >= shortest]
-    if not lengths:
-        return f"a needle needs {shortest} tokens, and the longest windows have {setting.longest}"
-
-    def run(progress: Callable[[int], object]) -> Found:
-        task = retrieval.needle(
-            scorer.logits,
-            setting.filler(),
-            lengths,
-            symbols,
-            tokens_per_batch=setting.config.tokens_per_batch,
-            progress=progress,
-        )
-        return {"needle": task}, judgement.retrieval_range(task)
-
-    return Task(setting.config.num_trials * len(retrieval.DEPTHS) * sum(lengths), run)
+    judge, depths = judgement.retrieval_range, len(retrieval.DEPTHS)
+    return _retrieval(scorer, setting, "needle", retrieval.needle, judge, rows_per_trial=depths)
 
 
 def _recall(scorer: Scorer, setting: Setting) -> Task | str:
+    def judge(task: dict[str, Any]) -> dict[str, Any]:
+        return {"recalls_to": retrieval.retrieves_to(task, 0)}
+
+    return _retrieval(scorer, setting, "recall", retrieval.recall, judge, rows_per_trial=1)
+
+
+def _retrieval(
+    scorer: Scorer,
+    setting: Setting,
+    name: str,
+    ask: Callable[..., dict[str, Any]],
+    judge: Callable[[dict[str, Any]], dict[str, Any]],
+    *,
+    rows_per_trial: int,
+) -> Task | str:
     symbols = retrieval.symbols_of(setting.tokenizer.encode_batch)
     if isinstance(symbols, str):
         return symbols
-    shortest = retrieval.shortest_recall()
+    shortest = retrieval.shortest(name, symbols)
     lengths = [length for length in setting.lengths if length >= shortest]
     if not lengths:
-        return f"pairs need {shortest} tokens, and the longest windows have {setting.longest}"
+        return f"it needs {shortest} tokens, and the longest windows have {setting.longest}"
 
     def run(progress: Callable[[int], object]) -> Found:
-        task = retrieval.recall(
+        task = ask(
             scorer.logits,
             setting.filler(),
             lengths,
@@ -386,6 +383,6 @@ def _recall(scorer: Scorer, setting: Setting) -> Task | str:
             tokens_per_batch=setting.config.tokens_per_batch,
             progress=progress,
         )
-        return {"recall": task}, {"recalls_to": retrieval.retrieves_to(task, 0)}
+        return {name: task}, judge(task)
 
-    return Task(setting.config.num_trials * sum(lengths), run)
+    return Task(setting.config.num_trials * rows_per_trial * sum(lengths), run)

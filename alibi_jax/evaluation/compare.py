@@ -44,7 +44,7 @@ import tqdm
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from alibi_jax import data
-from alibi_jax.cli import parse_flags
+from alibi_jax.cli import below, parse_flags
 from alibi_jax.errors import UserError, require
 from alibi_jax.evaluation import compare_runs
 from alibi_jax.evaluation.assess import PROTOCOLS as ALL_PROTOCOLS
@@ -71,12 +71,7 @@ def main(arguments: list[str]) -> int:
             bool(flags.get(name)),
             f"{name} is missing: give --config=FILE, --methods=METHOD,... and --workdir=DIR",
         )
-    overrides = {
-        name.removeprefix("--config."): value
-        for name, value in flags.items()
-        if name.startswith("--config.")
-    }
-    methods = parse_methods(flags["--methods"], flags["--config"], overrides)
+    methods = parse_methods(flags["--methods"], flags["--config"], below("--config.", flags))
     seeds = flags.get("--seeds", "3")
     require(
         seeds.isdecimal() and 1 <= int(seeds) <= _MOST_SEEDS,

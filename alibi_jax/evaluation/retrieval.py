@@ -58,14 +58,9 @@ def symbols_of(encode: Callable[[Sequence[str]], list[np.ndarray]]) -> Symbols |
     return Symbols(cue.astype(np.int32), alphabet[:10], alphabet[10:])
 
 
-def shortest_needle(symbols: Symbols) -> int:
-    """Return the tokens that a needle takes at least, and as many again of text."""
-    return 4 * (len(symbols.cue) + _NEEDLE_SYMBOLS)
-
-
-def shortest_recall() -> int:
-    """Return the tokens that pairs take at least, and as many again of text."""
-    return 8 * _PAIRS
+def shortest(task: str, symbols: Symbols) -> int:
+    """Return the tokens that "needle" or "recall" takes, and as many again of text."""
+    return {"needle": 4 * (len(symbols.cue) + _NEEDLE_SYMBOLS), "recall": 8 * _PAIRS}[task]
 
 
 def needle_rows(
@@ -166,7 +161,7 @@ def needle(
     Args:
         logits_fn: f32[B, n, V] of int32[B, L] and n.
         filler: int32 [num_trials, longest + 1], held-out text.
-        lengths: Tokens of input; each at least `shortest_needle`.
+        lengths: Tokens of input; each at least `shortest`.
         symbols: What needles are made of.
         tokens_per_batch: Tokens computed at once.
         progress: Called with the number of tokens computed since the last call.
@@ -203,7 +198,7 @@ def recall(
 ) -> dict[str, Any]:
     """Ask for the values of keys at every length.
 
-    Args and returns are those of `needle`, but for depths; lengths are at least `shortest_recall`.
+    Args and returns are those of `needle`, but for depths.
     """
     entries = []
     for length in lengths:

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from alibi_jax import data
-from alibi_jax.cli import parse_flags
+from alibi_jax.cli import below, parse_flags
 from alibi_jax.config import Config, from_dict, override
 from alibi_jax.errors import UserError, require
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
@@ -154,17 +154,12 @@ def main(arguments: list[str]) -> int:
     flags = parse_flags(arguments, FLAGS)
     require(bool(flags.get("--workdir")), "--workdir is missing: give --workdir=DIR, that of a run")
     directory = Path(flags["--workdir"]).expanduser()
-    overrides = {
-        name.removeprefix("--config."): value
-        for name, value in flags.items()
-        if name.startswith("--config.")
-    }
     try:
         found = evaluate_run(
             directory,
             wanted=parse_protocols(flags.get("--protocols")),
             lengths=parse_lengths(flags.get("--lengths")),
-            overrides=overrides,
+            overrides=below("--config.", flags),
             say=lambda text: print(text, flush=True),
         )
     except jax.errors.JaxRuntimeError as error:

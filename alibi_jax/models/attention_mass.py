@@ -5,7 +5,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 
-from alibi_jax.attention.biases import Bias, LinearBias, Prefix, PrefixBias
+from alibi_jax.attention.biases import Bias, LinearBias, Prefix, PrefixBias, with_sink
 from alibi_jax.typing import Array, Float, Key, Query, Slopes
 
 # Logits at once: 64 MB in float32.
@@ -51,10 +51,8 @@ def mass_by_distance(
         logits = jnp.einsum("bqkgd,bskd->bkgqs", some, key, preferred_element_type=jnp.float32)
         logits = scale * logits.reshape(batch, heads, size, length)
         distance = rows[:, None] - key_positions[None, :]
-        penalised = jnp.maximum(distance, 0)
-        if isinstance(bias, LinearBias) and bias.sink:
-            penalised = jnp.where(key_positions[None, :] == 0, 0, penalised)
-        logits += of_rows.dense(penalised[None], rows[None])
+        penalised = with_sink(bias, jnp.maximum(distance, 0)[None])
+        logits += of_rows.dense(penalised, rows[None])
         logits = jnp.where(distance[None, None] >= 0, logits, -jnp.inf)
         probability = jnp.where(counts[None, None, :, None], jax.nn.softmax(logits, axis=-1), 0.0)
         limits = (0, *edges, length + 1)

@@ -23,6 +23,7 @@ from alibi_jax.sharding import make_mesh
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import init_state
 from tests.evaluation.test_compare_summary import run as planted_run
+from tests.texts import draw_words, write_texts
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS = 40
@@ -57,12 +58,9 @@ def folder(tmp_path_factory):
     """A config file and its text."""
     folder, rng = tmp_path_factory.mktemp("compare"), random.Random(0)
     (folder / "config.py").write_text(CONFIG.format(folder=folder, steps=STEPS))
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 8))) for _ in range(300)]
+    words = draw_words(rng)
     for split, count in (("train", 20), ("valid", 2), ("test", 4)):
-        (folder / "text" / split).mkdir(parents=True)
-        for number in range(count):
-            text = " ".join(rng.choices(words, k=400))
-            (folder / "text" / split / f"{number}.txt").write_text(text)
+        write_texts(folder / "text" / split, rng, words, count=count, length=400)
     return folder
 
 

@@ -10,8 +10,7 @@ from alibi_jax.evaluation.retrieval import (
     found,
     needle_rows,
     recall_rows,
-    shortest_needle,
-    shortest_recall,
+    shortest,
     symbols_of,
 )
 
@@ -94,8 +93,8 @@ def test_only_the_alphabet_competes():
 
 
 def test_shortest_lengths_leave_as_much_text():
-    assert shortest_needle(SYMBOLS) == 4 * (len(CUE) + 5)
-    assert shortest_recall() == 64
+    assert shortest("needle", SYMBOLS) == 4 * (len(CUE) + 5)
+    assert shortest("recall", SYMBOLS) == 64
 
 
 def test_tokenizers(tmp_path):

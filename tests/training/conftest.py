@@ -12,6 +12,7 @@ from alibi_jax.data import DataConfig, load_corpus
 from alibi_jax.evaluation import EvaluationConfig
 from alibi_jax.models import DecoderConfig
 from alibi_jax.sharding import MeshConfig, make_mesh
+from tests.texts import draw_words, write_texts
 
 VOCAB = 32
 
@@ -19,9 +20,7 @@ VOCAB = 32
 @pytest.fixture(scope="session")
 def config(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("corpus"), random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 8))) for _ in range(300)]
-    for number in range(40):
-        (folder / f"{number}.txt").write_text(" ".join(rng.choices(words, k=450)))
+    write_texts(folder, rng, draw_words(rng))
     return Config(
         model=DecoderConfig(num_layers=1, embed_dim=16, num_heads=2, vocab_size=257),
         data=DataConfig(

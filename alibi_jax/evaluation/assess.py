@@ -1,8 +1,9 @@
 """Every protocol on one model, which is a few functions of tokens, and the verdict on it."""
 
+import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,6 +105,8 @@ def assess(
     lengths: Sequence[int],
     packing: str,
     wanted: Sequence[str] = PROTOCOLS,
+    earlier: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], object] = lambda found: None,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Evaluate a model by every protocol that the data can serve.
@@ -117,6 +120,9 @@ def assess(
         lengths: Tokens per window, each a multiple of the one before.
         packing: "documents": a window lies inside one document; "stream": it may cross documents.
         wanted: Some of `PROTOCOLS`.
+        earlier: What this returned, or gave to `keep`, for the same model, text and settings: its
+            protocols are not measured again.
+        keep: Called with what is found so far whenever a protocol is done.
         say: Called with a line for everything that is left out, and why.
 
     Returns:
@@ -142,36 +148,42 @@ def assess(
         1 / (math.log(2) * per_token),
         tokenizer,
     )
+    earlier = earlier or {"protocols": {}, "verdict": {}}
+    measured, judged = dict(earlier["protocols"]), dict(earlier["verdict"])
     tasks = []
-    for name, task in _tasks(scorer, setting, wanted):
+    for name, task in _tasks(scorer, setting, [name for name in wanted if name not in measured]):
         if isinstance(task, str):
             left_out.append(f"{name} left out: {task}")
         else:
             tasks.append(task)
     for line in left_out:
         say(line)
-    if not tasks:
+    if not tasks and not measured:
         raise UserError(f"nothing is left to evaluate: {'; '.join(left_out)}")
 
-    found: dict[str, Any] = {}
-    judged: dict[str, Any] = {}
+    def found() -> dict[str, Any]:
+        return {
+            "train_length": train_length,
+            "lengths": list(setting.lengths),
+            "protocols": {name: measured[name] for name in PROTOCOLS if name in measured},
+            "verdict": judgement.conclude(judged, setting.longest),
+            "left_out": left_out,
+            "num_windows": len(windows.tokens),
+            "num_documents": setting.num_documents,
+            "windows_per_document": windows.per_document,
+            "unit": windows.unit,
+            "tokens_sha256": hashlib.sha256(windows.tokens.astype("<i4").tobytes()).hexdigest(),
+            "num_targets": config.num_targets,
+            "bytes_per_token": per_token,
+        }
+
     with protocols.progress_bar(sum(task.num_tokens for task in tasks)) as bar:
         for task in tasks:
             entries, judgement_of_these = task.run(bar.update)
-            found |= entries
+            measured |= {name: entry for name, entry in entries.items() if name in wanted}
             judged |= judgement_of_these
-    return {
-        "train_length": train_length,
-        "protocols": {name: found[name] for name in PROTOCOLS if name in wanted and name in found},
-        "verdict": judgement.conclude(judged, setting.longest),
-        "left_out": left_out,
-        "num_windows": len(windows.tokens),
-        "num_documents": setting.num_documents,
-        "windows_per_document": windows.per_document,
-        "unit": windows.unit,
-        "num_targets": config.num_targets,
-        "bytes_per_token": per_token,
-    }
+            keep(found())
+    return found()
 
 
 def _tasks(

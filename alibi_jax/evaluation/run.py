@@ -14,15 +14,24 @@ loss holds, to which it uses context, and from how far back it retrieves.
   --config.evaluation.FIELD=VALUE
                         in place of what the run was trained with; tokens_per_batch bounds memory,
                         num_windows and num_trials decide how long it takes
+  --config.model.length_scaling=NAME, --config.model.scaling_factor=FACTOR
+                        scale positions at inference, as DecoderConfig says; such numbers go into
+                        files of their own, evaluation-NAME-FACTOR.json and .png
   --config.data.source=SOURCE, --config.data.cache_dir=DIR
                         where the same text is now, if it has moved
+
+Numbers are written after every protocol. Those that are there of the same checkpoint with the same
+settings are kept, and only what is missing is measured: so the same command goes on where it was
+stopped, and protocols can be added. Numbers with other settings are renamed, never overwritten.
 
 It runs on one device. Windows longer than tokens_per_batch go through in chunks, with cached keys.
 """
 
 import difflib
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +47,7 @@ from alibi_jax.evaluation.model import make_scorer, restore_decoder
 from alibi_jax.evaluation.panels import evaluation_figure
 from alibi_jax.evaluation.report import versions, write_json
 from alibi_jax.evaluation.tables import evaluation_table
+from alibi_jax.evaluation.windows import supported_lengths
 from alibi_jax.training import compilation_cache, workdir
 
 FLAGS = (
@@ -45,10 +55,17 @@ FLAGS = (
     "--protocols",
     "--lengths",
     "--config.evaluation.",
+    "--config.model.length_scaling",
+    "--config.model.scaling_factor",
     "--config.data.source",
     "--config.data.cache_dir",
 )
-NUMBERS, FIGURE = "evaluation.json", "evaluation.png"
+NUMBERS = "evaluation.json"
+# Fields of the config that no number depends on.
+_OF_NO_NUMBER = {
+    "data": ("source", "cache_dir"),
+    "evaluation": ("multiples", "tokens_per_batch"),  # "lengths" holds what comes of multiples
+}
 
 
 def evaluate_run(
@@ -59,7 +76,7 @@ def evaluate_run(
     overrides: dict[str, str] | None = None,
     say: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
-    """Evaluate a trained run and write `evaluation.json` and `evaluation.png` in its directory.
+    """Evaluate a trained run and write its numbers and figure in its directory.
 
     Args:
         directory: What train.py was given as --workdir.
@@ -69,13 +86,14 @@ def evaluate_run(
         say: Called with a line for what is left out and why, for a person to read.
 
     Returns:
-        What evaluation.json holds.
+        What `numbers_file` now holds: also what was measured before with the same settings.
 
     Raises:
         UserError: The directory holds no run that can be evaluated, or a value cannot work.
     """
     config, stream = read_run(directory)
     config = override(config, overrides or {})
+    config.model.validate()
     lengths = check_lengths(config, lengths)
     workdir.check_usable(directory)
     corpus = data.load_corpus(config.data)
@@ -85,28 +103,97 @@ def evaluate_run(
         f"{config.data.source!r} has now: bring that back, or say where it is with "
         "--config.data.source",
     )
+    held_out = getattr(corpus, config.evaluation.split)
+    path = numbers_file(directory, config)
     with workdir.locked(directory):
         compilation_cache.use(directory)
         decoder, step, unreadable = restore_decoder(directory / workdir.CHECKPOINTS, config)
-        for path, reason in unreadable.items():
-            say(f"a damaged checkpoint is now {path} ({reason}): evaluating step {step}")
+        for damaged, reason in unreadable.items():
+            say(f"a damaged checkpoint is now {damaged} ({reason}): evaluating step {step}")
+        identity = {"step": step, "config": config.to_dict(), "versions": versions()}
+        kept, _ = supported_lengths(held_out, lengths, config.data.packing)
+        earlier = _read_numbers(path)
+        settings = _settings(identity | {"lengths": list(kept)})
+        if path.exists() and (earlier is None or _settings(earlier) != settings):
+            say(f"{path.name} is not of these settings: renamed to {_rename(path).name}")
+            earlier = None
+
+        def keep(found: dict[str, Any]) -> None:
+            with workdir.writing(directory):
+                write_json(found | identity, path)
+
         found = assess(
             make_scorer(decoder, config.evaluation.tokens_per_batch),
-            getattr(corpus, config.evaluation.split),
+            held_out,
             corpus.tokenizer,
             config.evaluation,
             train_length=config.data.sequence_length,
             lengths=lengths,
             packing=config.data.packing,
             wanted=wanted,
+            earlier=earlier,
+            keep=keep,
             say=say,
         )
-        found |= {"step": step, "config": config.to_dict(), "versions": versions()}
+        found |= identity
+        title = f"{method_name(config)}, trained at {config.data.sequence_length} tokens"
         with workdir.writing(directory):
-            write_json(found, directory / NUMBERS)
-            title = f"{config.model.position}, trained at {config.data.sequence_length} tokens"
-            evaluation_figure(found, directory / FIGURE, title)
+            write_json(found, path)
+            evaluation_figure(found, path.with_suffix(".png"), title)
     return found
+
+
+def numbers_file(directory: Path, config: Config) -> Path:
+    """Where the evaluation of a run is: scaled positions have files of their own."""
+    return (directory / NUMBERS).with_stem(f"evaluation{_scaling(config)}")
+
+
+def method_name(config: Config) -> str:
+    """The position method, and how it is scaled: "rotary", "rotary-yarn-8"."""
+    return f"{config.model.position}{_scaling(config)}"
+
+
+def _scaling(config: Config) -> str:
+    name, factor = config.model.length_scaling, config.model.scaling_factor
+    if name == "none":
+        return ""
+    return f"-{name}" if name == "dynamic" else f"-{name}-{factor:g}"
+
+
+def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation depends on, apart from the text, which a run has but one of."""
+    config = {
+        section: {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in fields.items()
+            if name not in _OF_NO_NUMBER.get(section, ())
+        }
+        for section, fields in found["config"].items()
+    }
+    version = found["versions"]["alibi_jax"]
+    return {"step": found["step"], "lengths": found["lengths"], "alibi_jax": version} | config
+
+
+def _read_numbers(path: Path) -> dict[str, Any] | None:
+    """An earlier evaluation; None if there is none that can be read."""
+    try:
+        found = json.loads(path.read_text())
+        if _settings(found) and found["protocols"].keys() and found["verdict"].keys():
+            return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    return None
+
+
+def _rename(path: Path) -> Path:
+    """Moves numbers and their figure out of the way: evaluation.json to evaluation.1.json."""
+    number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.json").exists())
+    with workdir.writing(path.parent):
+        for kind in ("png", "json"):
+            file = path.with_suffix(f".{kind}")
+            if file.exists():
+                file.rename(path.with_suffix(f".{number}.{kind}"))
+    return path.with_suffix(f".{number}.json")
 
 
 def read_run(directory: Path) -> tuple[Config, dict[str, Any]]:
@@ -170,7 +257,8 @@ def main(arguments: list[str]) -> int:
             "--lengths"
         ) from error
     print(f"\n{evaluation_table(found)}")
-    print(f"\nfigure {directory / FIGURE}, numbers {directory / NUMBERS}")
+    path = numbers_file(directory, from_dict(found["config"]))
+    print(f"\nfigure {path.with_suffix('.png')}, numbers {path}")
     return 0
 
 
@@ -192,7 +280,8 @@ def parse_lengths(text: str | None) -> tuple[int, ...] | None:
         return None
     words = text.split(",")
     require(
-        all(word.isascii() and word.isdecimal() and int(word) > 0 for word in words),
-        f"--lengths={text}: must be whole numbers of tokens with commas between, such as 128,1024",
+        all(re.fullmatch("0*[1-9][0-9]{0,9}", word) for word in words),
+        f"--lengths={text}: must be whole numbers of tokens, of up to ten digits, with commas "
+        "between, such as 128,1024",
     )
     return tuple(map(int, words))

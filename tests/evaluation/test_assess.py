@@ -86,6 +86,23 @@ def test_every_protocol_is_there_and_is_json(found, tmp_path):
     assert text.endswith(f"{found['verdict']['text']} Warning: {found['verdict']['warning']}")
 
 
+def test_what_is_there_is_not_measured_again(found):
+    """Whatever was kept when it was stopped, the rest completes it to the same numbers."""
+    states = []
+    evaluate(scorer(), wanted=("needle", "truncation", "fixed_targets"), keep=states.append)
+    assert [len(state["protocols"]) for state in states] == [1, 2, 3]
+    assert states[0]["verdict"]["holds_to"] == 1024
+    assert states[0]["verdict"]["uses_context_to"] is None
+
+    def forbidden(tokens, window):
+        raise AssertionError("truncation is there")
+
+    assert evaluate(scorer(), earlier=states[1]) == found
+    assert evaluate(scorer(forbidden), earlier=found) == found
+    again = evaluate(scorer(forbidden), earlier=states[1], wanted=("needle",))
+    assert again["verdict"] == states[2]["verdict"]
+
+
 @pytest.mark.parametrize("reach", [64, 128, 256])
 def test_truncated_on_purpose_is_found_to_use_so_much(reach):
     verdict = evaluate(scorer(uses(reach)), wanted=("truncation",))["verdict"]

@@ -12,7 +12,12 @@ from alibi_jax.data import DataConfig
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import EvaluationConfig
 from alibi_jax.evaluation.assess import PROTOCOLS
-from alibi_jax.evaluation.run import check_lengths, parse_lengths, parse_protocols
+from alibi_jax.evaluation.run import (
+    check_lengths,
+    evaluate_run,
+    parse_lengths,
+    parse_protocols,
+)
 from alibi_jax.models import DecoderConfig
 from alibi_jax.run import train_short_test_long
 
@@ -77,6 +82,58 @@ def test_end_to_end_in_chunks(trained, capsys):
             assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], rel=1e-5)
 
 
+@pytest.fixture
+def fresh(trained, tmp_path):
+    """A copy of the run that was not evaluated."""
+    return shutil.copytree(
+        trained / "run", tmp_path / "run", ignore=lambda *_: {"evaluation.json", "evaluation.png"}
+    )
+
+
+@pytest.mark.slow
+def test_protocols_add_up_and_nothing_is_overwritten(fresh):
+    whole = ("nonoverlapping", "fixed_targets", "recall")
+    expected = evaluate_run(shutil.copytree(fresh, fresh.parent / "whole"), wanted=whole)
+    evaluate_run(fresh, wanted=("recall",))
+    assert evaluate_run(fresh, wanted=whole[:2]) == expected
+    path, expected = fresh / "evaluation.json", json.loads(json.dumps(expected))
+    assert json.loads(path.read_text()) == expected
+    # How many tokens are computed at once is no setting that numbers depend on; a length is.
+    said = []
+    less = {"evaluation.tokens_per_batch": "128"}
+    again = evaluate_run(fresh, wanted=("recall",), overrides=less, say=said.append)
+    assert again["protocols"] == expected["protocols"] and not said
+    other = evaluate_run(fresh, wanted=("recall",), lengths=(64, 128), say=said.append)
+    assert tuple(other["protocols"]) == ("recall",) and other["lengths"] == [64, 128]
+    assert said == ["evaluation.json is not of these settings: renamed to evaluation.1.json"]
+    kept = json.loads((fresh / "evaluation.1.json").read_text())
+    assert kept["protocols"] == expected["protocols"]
+    assert (fresh / "evaluation.1.png").exists()
+    path.write_text("{")
+    evaluate_run(fresh, wanted=("recall",), lengths=(64, 128))
+    assert (fresh / "evaluation.2.json").read_text() == "{"
+    assert json.loads(path.read_text())["protocols"] == other["protocols"]
+
+
+@pytest.mark.slow
+def test_positions_are_scaled_at_inference(fresh):
+    """Slopes that are divided by 4 are those of a model that was given them."""
+    scaling = {"model.length_scaling": "linear", "model.scaling_factor": "4"}
+    scaled = evaluate_run(fresh, wanted=("fixed_targets",), overrides=scaling)
+    plain = evaluate_run(fresh, wanted=("fixed_targets",))
+    for name, numbers in (("evaluation-linear-4.json", scaled), ("evaluation.json", plain)):
+        assert json.loads((fresh / name).read_text())["protocols"] == numbers["protocols"]
+    record = json.loads((fresh / "config.json").read_text())
+    record["config"]["model"]["slopes"] = [2.0**-4 / 4, 2.0**-8 / 4]  # of two heads
+    (fresh / "config.json").write_text(json.dumps(record))
+    given = evaluate_run(fresh, wanted=("fixed_targets",))
+    for ours, theirs, other in zip(
+        *(found["protocols"]["fixed_targets"] for found in (scaled, given, plain)), strict=True
+    ):
+        assert ours["nats_per_token"] == pytest.approx(theirs["nats_per_token"], rel=1e-6)
+        assert ours["nats_per_token"] != pytest.approx(other["nats_per_token"], rel=1e-6)
+
+
 def tree(folder):
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -131,19 +188,18 @@ def damaged_checkpoint(folder):
         (no_run, ["--config.evaluation.windows=3"], "did you mean config.evaluation.num_windows"),
         (no_run, ["--config.evaluation.num_trials=0"], "num_trials=0: must be at least 1"),
         (no_run, ["--config.model.num_layers=2"], "--config.model.num_layers is not known"),
+        (no_run, ["--config.model.length_scaling=yarn"], "length_scaling=yarn is rotary's"),
+        (no_run, ["--lengths=64,99999999999999999999"], "of up to ten digits"),
         (no_run, ["--config.data.source=files:/nowhere/*.txt"], "/nowhere"),
     ],
 )
-def test_what_cannot_be_evaluated_ends_in_one_line(trained, tmp_path, capsys, change, flags, words):
-    directory = shutil.copytree(
-        trained / "run", tmp_path / "run", ignore=lambda *_: {"evaluation.json", "evaluation.png"}
-    )
-    change(directory)
-    before = tree(directory)
-    assert main(["eval", f"--workdir={directory}", *flags]) == 2
+def test_what_cannot_be_evaluated_ends_in_one_line(fresh, capsys, change, flags, words):
+    change(fresh)
+    before = tree(fresh)
+    assert main(["eval", f"--workdir={fresh}", *flags]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
-    assert tree(directory) == before
+    assert tree(fresh) == before
 
 
 @pytest.mark.parametrize(

@@ -28,8 +28,8 @@ from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
 from alibi_jax.training.workdir import checkpoint_steps
 from tests.disks import disk as disk
-from tests.test_train import CONFIG, last_step, load_train, metrics
 from tests.texts import draw_words, write_texts
+from tests.trainings import CONFIG, last_step, load_train, metrics
 
 pytestmark = pytest.mark.slow
 

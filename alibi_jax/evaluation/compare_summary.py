@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from alibi_jax.errors import require
-from alibi_jax.evaluation.bootstrap import resamples
+from alibi_jax.evaluation.bootstrap import interval, resamples
 from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
 from alibi_jax.evaluation.report import finite
 from alibi_jax.evaluation.verdict import TOLERANCE, percent
@@ -25,7 +25,12 @@ MEANINGS = {
     "equal seeds (so equal initial parameters and order of the data) and the same tokens",
     "p_value": "two-sided, paired t test over seeds; not corrected for the number of methods",
     "relative_change": "of a seed's loss against its own at the training length, mean over seeds; "
-    "its interval is Student's t over seeds",
+    "its interval is Student's t over seeds, its document_interval as above",
+}
+# The intervals of a change, by what another sample of might say otherwise.
+_INTERVALS = {
+    "seeds": "relative_change_interval",
+    "documents": "relative_change_document_interval",
 }
 
 
@@ -180,6 +185,9 @@ def _entries(
         trained = nats[0].sum(axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
             change = (totals - trained) / trained
+            # Each seed counts as a fraction of its own loss, as in the mean of `change`.
+            changed = ((nats[index] - nats[0]) / trained[:, None]).mean(axis=0)
+            base = (nats[0] / trained[:, None]).mean(axis=0)
         entry = {
             "length": length,
             "nats_per_token": level["mean"],
@@ -191,6 +199,7 @@ def _entries(
             "bits_per_byte_seeds": _times(bits, level["seeds"]),
             "relative_change": finite(float(change.mean())),
             "relative_change_interval": t_interval(change),
+            "relative_change_document_interval": interval(changed, base, counts),
         }
         if others:
             paired = np.stack(
@@ -222,9 +231,9 @@ def _verdict(
 ) -> dict[str, Any]:
     """How far the loss on fixed targets holds: at most 1% above the training length's.
 
-    Judged by the mean over seeds at each length; the interval says whether another set of seeds
-    might say otherwise. How far context is used and text retrieved is a list of what the verdict of
-    each run says, where the protocols for that were asked for.
+    Judged by the mean over seeds at each length; the intervals say whether other seeds or other
+    documents might say otherwise. How far context is used and text retrieved is a list of what the
+    verdict of each run says, where the protocols for that were asked for.
     """
 
     def holds(entry: Mapping[str, Any]) -> bool:
@@ -244,9 +253,14 @@ def _verdict(
         text = "does not hold beyond the training length"
     if not longest and fixed[0]["nats_per_token"] is not None:
         text += f"; at {fixed[held + 1]['length']}: {_change(fixed[held + 1])}"
-    deciding = [entry["relative_change_interval"] for entry in fixed[1 : held + 2]]
-    if any(bounds and bounds[0] <= TOLERANCE < bounds[1] for bounds in deciding):
-        text += " (not certain: an interval over seeds contains +1%)"
+    deciding = fixed[1 : held + 2]
+    doubts = [
+        f"over {what}"
+        for what, name in _INTERVALS.items()
+        if any(entry[name] and entry[name][0] <= TOLERANCE < entry[name][1] for entry in deciding)
+    ]
+    if doubts:
+        text += f" (not certain: an interval {' and one '.join(doubts)} contains +1%)"
     verdict: dict[str, Any] = {"text": text, "holds_to": to["length"], "holds_factor": factor}
     for name, words in (("uses_context_to", "uses context"), ("retrieves_to", "retrieves")):
         values = [one[name] for one in of_runs]
@@ -262,5 +276,9 @@ def _verdict(
 def _change(entry: Mapping[str, Any]) -> str:
     if entry["relative_change"] is None:
         return "not finite"
-    text, bounds = percent(entry["relative_change"]), entry["relative_change_interval"]
-    return text if bounds is None else f"{text} [{percent(bounds[0])}, {percent(bounds[1])}]"
+    bounds = [
+        f" [{percent(entry[name][0])}, {percent(entry[name][1])}] over {what}"
+        for what, name in _INTERVALS.items()
+        if entry[name]
+    ]
+    return percent(entry["relative_change"]) + ",".join(bounds)

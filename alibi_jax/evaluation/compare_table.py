@@ -147,7 +147,7 @@ def _verdicts(comparison: Mapping[str, Any]) -> str:
         rows.append([method["name"], verdict["text"] if verdict else _why(method)])
     return (
         "## Verdict\n\nOn fixed targets; a loss holds while it is at most 1% above that at the "
-        "training length. Brackets: 95% over seeds.\n\n" + _markdown(["method", "verdict"], rows)
+        "training length. Brackets: 95% intervals.\n\n" + _markdown(["method", "verdict"], rows)
     )
 
 

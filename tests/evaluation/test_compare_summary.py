@@ -97,17 +97,48 @@ def test_verdicts_over_seeds(comparison):
     verdicts = {method["name"]: method["verdict"] for method in comparison["methods"]}
     assert verdicts["alibi"]["holds_to"] == 64
     assert verdicts["alibi"]["text"] == (
-        "holds to 64 (4x, the longest): +0.00% [+0.00%, +0.00%]; uses context to 32 in every layer"
+        "holds to 64 (4x, the longest): +0.00% [+0.00%, +0.00%] over seeds, [+0.00%, +0.00%] over "
+        "documents; uses context to 32 in every layer"
     )
     assert verdicts["alibi"]["uses_context_to_seeds"] == [32, 32, 32]
     assert verdicts["breaks"]["holds_to"] == 16
     assert "does not hold beyond the training length; at 32: +7" in verdicts["breaks"]["text"]
 
 
-def test_an_interval_that_contains_the_tolerance_is_not_certain():
-    runs = {("alibi", seed): run([0, change, 0]) for seed, change in enumerate((-0.02, 0, 0.07))}
+# Changes at 32 tokens by seed and by document, in nats of about 3: an interval that contains +1%.
+SEEDS_DIFFER = ([-0.02, 0, 0.07], np.zeros(6))
+DOCUMENTS_DIFFER = ([0, 0, 0], np.array([0.3, -0.3, 0.3, -0.3, 0.3, -0.3]))
+
+
+@pytest.mark.parametrize(
+    ("by_seed", "by_document", "words"),
+    [
+        (*SEEDS_DIFFER, "an interval over seeds contains"),
+        (*DOCUMENTS_DIFFER, "an interval over documents contains"),
+        (
+            SEEDS_DIFFER[0],
+            DOCUMENTS_DIFFER[1],
+            "an interval over seeds and one over documents contains",
+        ),
+    ],
+)
+def test_an_interval_that_contains_the_tolerance_is_not_certain(by_seed, by_document, words):
+    runs = {
+        ("alibi", seed): run([0, change + by_document[DOCUMENT][:, None], 0])
+        for seed, change in enumerate(by_seed)
+    }
     comparison = summarize(("alibi",), (0, 1, 2), runs)
-    assert "(not certain" in comparison["methods"][0]["verdict"]["text"]
+    assert f"(not certain: {words} +1%)" in comparison["methods"][0]["verdict"]["text"]
+
+
+def test_the_interval_over_documents_is_that_of_an_evaluation():
+    """And each seed counts as a fraction of its own loss: one with all twice as high adds none."""
+    change = np.array([0.3, -0.3, 0.3, -0.2, 0.1, -0.3])[DOCUMENT][:, None]
+    once, twice = run([0, change, 0]), run([TEXT, TEXT + 2 * change, TEXT])
+    expected = once.evaluation["protocols"]["fixed_targets"][1]["relative_change_interval"]
+    for runs in ({("alibi", 0): once}, {("alibi", 0): once, ("alibi", 1): twice}):
+        entry = entry_of(summarize(("alibi",), (0, 1), runs), "alibi", 32)
+        assert entry["relative_change_document_interval"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_time_is_the_median_over_runs(comparison):

@@ -24,10 +24,11 @@ all of them have run with one seed before any does with the next.
              comparison.json  all numbers; "meanings" says what each is
            They are written again after every run, and say what is still missing.
 
-The same command goes on where it was stopped or killed, to the same numbers. Methods and seeds may
-be added to a DIR later; anything else that differs from what it holds is refused. A run whose loss
-is not finite is reported as diverged, one that does not fit as out of memory, and the others go
-on. On Ctrl-C the run is saved first.
+The same command goes on where it was stopped or killed, to the same numbers. Methods, seeds and
+protocols may be added to a DIR later: runs that lack a protocol are evaluated again, not trained.
+Anything else that differs from what it holds is refused. A run whose loss is not finite is reported
+as diverged, one that does not fit as out of memory, and the others go on. On Ctrl-C the run is
+saved first.
 """
 
 import contextlib
@@ -120,8 +121,10 @@ def compare(
     planned = [(method, seed) for seed in seeds for method in methods]
     paths = {(m.name, seed): directory / m.name / f"seed-{seed}" for m, seed in planned}
     with workdir.locked(directory), _compiled_once(directory):
-        _claim(directory, methods, num_seeds, protocols)
-        runs = {key: run for key, path in paths.items() if (run := compare_runs.recall(path))}
+        _claim(directory, methods, num_seeds)
+        recalled = {key: compare_runs.recall(path, protocols) for key, path in paths.items()}
+        runs = {key: run for key, run in recalled.items() if run is not None}
+        summarize([m.name for m in methods], seeds, runs)  # so that no training comes before "no"
         costs: dict[str, compare_runs.Cost] = {}
         with tqdm.tqdm(
             total=len(planned) * num_steps,
@@ -226,15 +229,12 @@ def _write(
         comparison_figure(comparison, directory / "comparison.png")
 
 
-def _claim(
-    directory: Path, methods: Sequence[Method], num_seeds: int, protocols: Sequence[str]
-) -> None:
+def _claim(directory: Path, methods: Sequence[Method], num_seeds: int) -> None:
     """Writes what is compared, or checks that `directory` holds the same, or part of it."""
     path, here = directory / ARGUMENTS, f"--workdir={directory} holds"
     record = {
         "methods": {method.name: method.config.to_dict() for method in methods},
         "seeds": num_seeds,
-        "protocols": list(protocols),
     }
     record = json.loads(json.dumps(record))
     if path.exists():
@@ -253,11 +253,6 @@ def _claim(
                     f"{value}: choose another directory, or the same value to go on",
                 )
         require(
-            there["protocols"] == record["protocols"],
-            f"{here} a comparison with --protocols={','.join(there['protocols'])}: give the same, "
-            "or choose another directory",
-        )
-        require(
             num_seeds >= there["seeds"],
             f"{here} a comparison of {there['seeds']} seeds, this one has --seeds={num_seeds}: "
             "give at least as many, or choose another directory",
@@ -274,7 +269,7 @@ def _claim(
 def _read(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text())
-        if record["methods"].keys() and record["seeds"] >= 1 and record["protocols"]:
+        if record["methods"].keys() and record["seeds"] >= 1:
             return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass

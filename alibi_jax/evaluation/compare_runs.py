@@ -4,16 +4,16 @@ import gc
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import tqdm
 
 from alibi_jax.config import Config
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation.compare_summary import PROTOCOLS, Run
+from alibi_jax.evaluation.compare_summary import Run
 from alibi_jax.evaluation.report import write_json
 from alibi_jax.evaluation.run import NUMBERS, evaluate_run
 from alibi_jax.run import completed, train_short_test_long
@@ -33,11 +33,19 @@ class Cost(NamedTuple):
 
 
 def cost(config: Config, vocab_size: int) -> Cost:
-    """Compiles the training step and asks XLA; raises UserError for a model that cannot be."""
+    """Compiles the training step and asks XLA; raises UserError for a model that cannot be.
+
+    One that does not fit in memory as it is compiled has a cost all the same: its run says so.
+    """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
         lowered = loop.lower_step(completed(config, vocab_size), mesh)
-    memory = lowered.step.compile().memory_analysis()
+    try:
+        memory = lowered.step.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        memory = None
     return Cost(
         parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(lowered.state.params)),
         memory_bytes=memory
@@ -48,8 +56,13 @@ def cost(config: Config, vocab_size: int) -> Cost:
     )
 
 
-def recall(directory: Path) -> Run | None:
-    """The run that ended in `directory`; None if none has, or it is to be evaluated again."""
+def recall(directory: Path, protocols: Sequence[str]) -> Run | None:
+    """The run that ended in `directory`; None if none has, or some protocol is still wanted of it.
+
+    Args:
+      directory: the run's.
+      protocols: those wanted, of `assess.PROTOCOLS`.
+    """
     path = directory / RESULT
     try:
         result = json.loads(path.read_text())
@@ -57,16 +70,23 @@ def recall(directory: Path) -> Run | None:
             return Run(**result, evaluation=None)
         path = directory / NUMBERS
         evaluation = json.loads(path.read_text())
-        # `alibi eval` may have evaluated it since, in another way.
-        known = all(name in evaluation["protocols"] for name in PROTOCOLS)
+        known = all(_has(evaluation, name) for name in protocols)
         return Run(**result, evaluation=evaluation) if known else None
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): remove {directory / RESULT}, and the run goes on "
             "from its last checkpoint"
         ) from error
+
+
+def _has(evaluation: Mapping[str, Any], protocol: str) -> bool:
+    """Whether an evaluation holds a protocol, or says that its data cannot serve it."""
+    left_out = f"{protocol} left out: "
+    return protocol in evaluation["protocols"] or any(
+        line.startswith(left_out) for line in evaluation["left_out"]
+    )
 
 
 def perform(
@@ -93,7 +113,7 @@ def perform(
     except loop.Diverged as error:
         status, message = "diverged", str(error).partition(": stopped")[0]
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not _out_of_memory(error):
             raise
         status, message = "out of memory", str(error).splitlines()[0]
     result = {
@@ -107,6 +127,10 @@ def perform(
             write_json(result, directory / RESULT)
     gc.collect()  # the state of the run goes before that of the next comes
     return Run(**result, evaluation=evaluation)
+
+
+def _out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 def _seconds_per_step(directory: Path) -> float | None:

@@ -59,7 +59,7 @@ def summarize(
       What `comparison.json` holds, without "config" and "versions"; every number is finite or None.
 
     Raises:
-      UserError: the runs were not evaluated on the same tokens.
+      UserError: the runs were not evaluated on the same tokens after as many steps.
     """
     finished = {key: run.evaluation for key, run in runs.items() if run.evaluation is not None}
     evaluations = list(finished.values())
@@ -93,17 +93,25 @@ def summarize(
 def _shared(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all evaluations have in common; raises UserError if they are not of the same tokens."""
     names = ["train_length", "num_windows", "num_documents", "unit", "num_targets"]
-    names += ["bytes_per_token", "windows_per_document"]
+    names += ["bytes_per_token", "windows_per_document", "tokens_sha256", "step"]
 
     def of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         lengths = [entry["length"] for entry in evaluation["protocols"]["fixed_targets"]]
-        return {"lengths": lengths} | {name: evaluation[name] for name in names}
+        split = evaluation["config"]["evaluation"]["split"]
+        known = {name: evaluation.get(name) for name in names}
+        return {"lengths": lengths, "split": split} | known
 
     first, *others = map(of, evaluations)
+    differing = [
+        name
+        for name, value in first.items()
+        if value is None or any(other[name] != value for other in others)
+    ]
     require(
-        all(other == first for other in others),
-        "the runs of this --workdir were not evaluated on the same tokens: remove the result.json "
-        "of each, and the same command evaluates them again",
+        not differing,
+        "the runs of this --workdir were not evaluated on the same tokens after as many steps "
+        f"({', '.join(differing)} differ or are not known): remove the result.json of each, and "
+        "the same command evaluates them again",
     )
     return first
 

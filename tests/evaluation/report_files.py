@@ -123,5 +123,6 @@ def evaluated(directory, position="alibi", growth=0.0, **model):
         "retrieves_to_protocol": "needle",
     }
     whole["left_out"] = ["evaluation lengths left out: 128"]
+    whole |= {"step": 100, "tokens_sha256": "ab"}
     write_json(whole, directory / "evaluation.json")
     return directory

@@ -145,7 +145,6 @@ def begun(folder, tmp_path, performed):
     [
         (["--config.training.num_steps=50"], {}, "config.training.num_steps=40, this one has 50"),
         (["--config.evaluation.num_windows=9"], {}, "config.evaluation.num_windows=6"),
-        (["--protocols=truncation"], {}, "with --protocols=nonoverlapping,fixed_targets,sliding"),
         ([], {"methods": "alibi"}, "a comparison with none, which --methods leaves out"),
         ([], {"methods": "alibi,alibi+bias_max=4"}, "a comparison with none"),
         ([], {"seeds": 1}, "a comparison of 2 seeds, this one has --seeds=1"),
@@ -180,6 +179,61 @@ def test_methods_and_seeds_may_be_added(folder, begun, performed):
     assert [run[0] for run in asked] == ["sinusoidal"]
 
 
+def finish(directory, evaluation):
+    """Leaves what a finished run does."""
+    directory.mkdir(parents=True, exist_ok=True)
+    result = {"status": "finished", "message": None, "seconds_per_step": 0.1}
+    result |= {"parameters": 1, "memory_bytes": 1}
+    (directory / "result.json").write_text(json.dumps(result))
+    (directory / "evaluation.json").write_text(json.dumps(evaluation))
+
+
+@pytest.mark.parametrize("left_out", [[], ["truncation left out: too short to cut"]])
+def test_protocols_may_be_added(folder, begun, performed, left_out):
+    """Only runs that lack one are evaluated again, unless that said why it has none."""
+    asked, outcome = performed
+    evaluation = planted_run([0, 0, 0]).evaluation
+    for name, have in (("alibi", {"truncation": []}), ("none", {})):
+        own = {"protocols": evaluation["protocols"] | have, "left_out": left_out}
+        finish(begun / name / "seed-0", evaluation | own)
+    outcome[0] = lambda config: planted_run([0, 0, 0])
+    asked.clear()
+    assert compare.main(arguments(folder, begun, "--protocols=truncation")) == 0
+    missing = [("alibi", 1), ("none", 1)]
+    assert [run[:2] for run in asked] == ([] if left_out else [("none", 0)]) + missing
+    asked.clear()
+    assert compare.main(arguments(folder, begun, "--protocols=needle")) == 0
+    assert [run[:2] for run in asked] == [("alibi", 0), ("none", 0), *missing]
+    assert set(asked[0][3]) == {"nonoverlapping", "fixed_targets", "needle"}
+
+
+def test_runs_on_other_tokens_are_refused_before_anything_is_trained(folder, begun, performed):
+    evaluation = planted_run([0, 0, 0]).evaluation
+    finish(begun / "alibi" / "seed-0", evaluation)
+    finish(begun / "none" / "seed-0", evaluation | {"tokens_sha256": "cd"})
+    performed[0].clear()
+    with pytest.raises(UserError, match="tokens_sha256 differ"):
+        compare.main(arguments(folder, begun, "--protocols=fixed_targets"))
+    assert not performed[0]
+
+
+def test_a_step_that_does_not_fit_as_it_is_compiled_does_not_end_the_comparison(
+    folder, monkeypatch
+):
+    (method,) = parse_methods("alibi", str(folder / "config.py"), {})
+    known = compare_runs.cost(method.config, 257)
+    assert known.parameters > 0 and known.memory_bytes > 0
+    said = ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: no such kernel"]
+
+    def compile_(self, *args, **options):
+        raise jax.errors.JaxRuntimeError(said.pop(0))
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    assert compare_runs.cost(method.config, 257) == known._replace(memory_bytes=None)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        compare_runs.cost(method.config, 257)
+
+
 def test_a_run_that_needs_too_much_memory_is_told_and_tried_again(tmp_path, monkeypatch):
     def train(config, directory, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
@@ -188,7 +242,7 @@ def test_a_run_that_needs_too_much_memory_is_told_and_tried_again(tmp_path, monk
     run = compare_runs.perform(None, tmp_path, (), compare_runs.Cost(1, 2), None)
     assert (run.status, run.evaluation, run.parameters) == ("out of memory", None, 1)
     assert run.message == "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"
-    assert compare_runs.recall(tmp_path) is None
+    assert compare_runs.recall(tmp_path, ()) is None
 
 
 @pytest.mark.parametrize(

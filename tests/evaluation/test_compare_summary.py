@@ -31,7 +31,8 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1):
     )
     evaluation["left_out"] = []
     evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None}
-    evaluation["config"] = {"evaluation": {"num_bootstrap": 200}}
+    evaluation["config"] = {"evaluation": {"num_bootstrap": 200, "split": "test"}}
+    evaluation |= {"step": 40, "tokens_sha256": "ab"}
     return Run("finished", None, evaluation, seconds, 10**7, 820_000)
 
 
@@ -167,6 +168,24 @@ def test_only_seeds_that_both_finished_are_paired():
 def test_runs_on_other_tokens_are_refused(other):
     runs = planted() | {("better", 2): run([0] * len(other.get("lengths", LENGTHS)), **other)}
     with pytest.raises(UserError, match="were not evaluated on the same tokens"):
+        summarize(METHODS, (0, 1, 2), runs)
+
+
+@pytest.mark.parametrize("name", ["step", "tokens_sha256", "split"])
+def test_runs_evaluated_otherwise_are_refused_even_where_all_counts_agree(name):
+    runs = planted()
+    evaluation = runs["better", 2].evaluation
+    (evaluation["config"]["evaluation"] if name == "split" else evaluation)[name] = "other"
+    with pytest.raises(UserError, match=rf"\({name} differ") as raised:
+        summarize(METHODS, (0, 1, 2), runs)
+    assert "\n" not in str(raised.value)
+
+
+def test_runs_of_unknown_tokens_are_refused():
+    runs = planted()
+    for one in runs.values():
+        del one.evaluation["tokens_sha256"]
+    with pytest.raises(UserError, match="tokens_sha256 differ or are not known"):
         summarize(METHODS, (0, 1, 2), runs)
 
 

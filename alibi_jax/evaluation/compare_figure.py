@@ -9,6 +9,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Wong's colours (Nature Methods 8, 441, 2011), with grey for his yellow, which is faint on white.
 # Printed in grey, methods are told apart by marker and dash.
@@ -17,6 +18,9 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (8, 2)))
 _TITLES = {"nonoverlapping": "nonoverlapping windows", "fixed_targets": "fixed targets"}
 _SIZE = (6.9, 3.0)  # inches; the text width of a two-column page, so that 8 pt print as 8 pt
+_SMALL, _MEAN_WIDTH = 6, 0.53  # points; of a character, in its size
+_LONG_NAME = 20  # characters
+_BAND = 0.18  # opacity
 _ABOVE_BEST, _ABOVE_WORST = 1.5, 1.08  # the axis reaches so far above them at the training length
 
 
@@ -32,11 +36,19 @@ def comparison_figure(comparison: Mapping[str, Any], path: Path) -> None:
       comparison: from `compare_summary.summarize`, or read from `comparison.json`.
       path: the file to write; its suffix sets the format.
     """
+    unfinished = path.with_name(path.name + ".tmp")
+    drawn(comparison).savefig(unfinished, dpi=200, format=path.suffix[1:])
+    unfinished.replace(path)
+
+
+def drawn(comparison: Mapping[str, Any]) -> "Figure":
+    """The figure that `comparison_figure` writes."""
     # Matplotlib takes a second to import. `Figure` without pyplot keeps no global state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
-    drawn = [
+    methods = [
         (method, _style(index, method["name"] == comparison["reference"]))
         for index, method in enumerate(comparison["methods"])
         if method["protocols"]
@@ -44,27 +56,37 @@ def comparison_figure(comparison: Mapping[str, Any], path: Path) -> None:
     with rc_context({"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7}):
         figure = Figure(figsize=_SIZE, layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        low, high = _limits([method for method, _ in drawn])
-        for axes, (protocol, title) in zip(panels, _TITLES.items(), strict=True):
-            if not drawn:
-                break
-            _length_axis(axes, comparison["lengths"], comparison["train_length"])
-            _loss_axis(axes, low, high)
-            cut = [
-                _curve(axes, method["name"], method["protocols"][protocol], style, high)
-                for method, style in drawn
-            ]
-            _title(axes, title, [text for text in cut if text], comparison["lengths"][-1])
         panels[0].set_ylabel("bits per byte")
-        if drawn:
-            handles = panels[0].get_legend_handles_labels()
-            figure.legend(*handles, loc="outside right upper", frameon=False)
         done, planned = comparison["num_finished"], comparison["num_runs"]
         if done < planned:
             figure.suptitle(f"partial: {done} of {planned} runs are finished", fontsize=8)
-        unfinished = path.with_name(path.name + ".tmp")
-        figure.savefig(unfinished, dpi=200, format=path.suffix[1:])
-        unfinished.replace(path)
+        if not methods:
+            return figure
+        low, high = _limits([method for method, _ in methods])
+        cut = {}
+        for axes, protocol in zip(panels, _TITLES, strict=True):
+            _length_axis(axes, comparison["lengths"], comparison["train_length"])
+            _loss_axis(axes, low, high)
+            of_methods = [
+                _curve(axes, method["name"], method["protocols"][protocol], style, high)
+                for method, style in methods
+            ]
+            cut[protocol] = [text for text in of_methods if text]
+        handles, names = panels[0].get_legend_handles_labels()
+        levels = [method["protocols"]["fixed_targets"][0] for method, _ in methods]
+        if any(len(level["bits_per_byte_seeds"]) > 1 for level in levels):
+            handles.append(Patch(color="0.5", alpha=_BAND, linewidth=0))
+            names.append("lowest to highest seed")
+        figure.legend(handles, map(_label, names), loc="outside right upper", frameon=False)
+        figure.draw_without_rendering()  # lays out, so that the panels' width is known
+        for axes, (protocol, title) in zip(panels, _TITLES.items(), strict=True):
+            _title(axes, title, cut[protocol], comparison["lengths"][-1])
+    return figure
+
+
+def _label(name: str) -> str:
+    """A name in the legend; a long one takes a line a setting and leaves the panels their width."""
+    return name if len(name) <= _LONG_NAME else name.replace("+", "\n   +")
 
 
 def _style(index: int, is_reference: bool) -> dict[str, Any]:
@@ -107,9 +129,8 @@ def _curve(
     seeds = np.where(np.isfinite(seeds), seeds, 1e3 * high)  # what is not finite is far above
     values = seeds.mean(axis=1)
     axes.plot(lengths, values, label=name, **style)
-    axes.fill_between(
-        lengths, seeds.min(axis=1), seeds.max(axis=1), color=style["color"], alpha=0.18, linewidth=0
-    )
+    low, up = seeds.min(axis=1), seeds.max(axis=1)
+    axes.fill_between(lengths, low, up, color=style["color"], alpha=_BAND, linewidth=0)
     beyond = np.flatnonzero(values > high)
     if not beyond.size:
         return None
@@ -124,7 +145,10 @@ def _curve(
 
 def _title(axes: "Axes", title: str, cut: Sequence[str], longest: int) -> None:
     """The protocol, and below it the methods that are cut, with their values at the longest."""
-    text = textwrap.fill(f"▲ at {longest}: {', '.join(cut)}", 62) if cut else ""
+    points = 72 * axes.get_window_extent().width / axes.get_figure().dpi
+    width = int(points / (_MEAN_WIDTH * _SMALL))
+    values = (value.replace(" ", "\xa0", 1) for value in cut)  # a line breaks between methods
+    text = textwrap.fill(f"▲ at {longest}: {', '.join(values)}", width) if cut else ""
     axes.set_title(title, pad=6 + (8 * (text.count("\n") + 1) if cut else 0))
     axes.annotate(
         text,
@@ -134,7 +158,7 @@ def _title(axes: "Axes", title: str, cut: Sequence[str], longest: int) -> None:
         textcoords="offset points",
         horizontalalignment="center",
         verticalalignment="bottom",
-        fontsize=6,
+        fontsize=_SMALL,
         color="0.3",
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation.compare_figure import comparison_figure
+from alibi_jax.evaluation.compare_figure import comparison_figure, drawn
 from alibi_jax.evaluation.compare_statistics import p_value, t_interval
 from alibi_jax.evaluation.compare_summary import Run, summarize
 from alibi_jax.evaluation.compare_table import comparison_table
@@ -218,6 +218,37 @@ def test_every_kind_of_result_is_written(make, tmp_path):
     image = matplotlib.image.imread(tmp_path / "figure.png")
     assert image.shape[:2] == (600, 1380)
     assert image[..., :3].std() > 0.05  # something is drawn
+
+
+LONG = "rotary+length_scaling=yarn+scaling_factor=8"
+
+
+def test_nothing_overlaps_where_all_methods_leave_the_figure():
+    names = ("alibi", "sinusoidal", "rotary", "t5", "kerple_log", "none", LONG)
+    runs = {
+        (name, seed): run([0.1 * number + 0.01 * seed, 20 + number, 50 + number])
+        for number, name in enumerate(names)
+        for seed in (0, 1)
+    }
+    figure = drawn(summarize(names, (0, 1), runs))
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()][-1] == "lowest to highest seed"
+    left, right = (
+        next(text for text in axes.texts if text.get_text().startswith("▲")).get_window_extent()
+        for axes in figure.axes
+    )
+    assert figure.bbox.x0 <= left.x0 < left.x1 < right.x0 < right.x1
+    assert right.x1 <= legend.get_window_extent().x0
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    assert left.y1 <= titles[0].y0 and right.y1 <= titles[1].y0 < titles[1].y1 <= figure.bbox.y1
+    panel = figure.axes[0].get_window_extent()
+    assert panel.y1 <= left.y0 and panel.width > 0.25 * figure.bbox.width
+
+
+def test_a_band_that_is_not_there_is_not_named():
+    figure = drawn(summarize(("alibi",), (0,), {("alibi", 0): run([0, 0, 0])}))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["alibi"]
 
 
 def test_the_table_says_what_was_planted(comparison):

@@ -4,6 +4,7 @@ import html.parser
 import itertools
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -175,6 +176,18 @@ def test_says_what_is_missing(tmp_path):
     )
 
 
+def test_numbers_of_two_evaluations_are_not_mixed(tmp_path):
+    """The extrapolation may be of fewer steps than what `alibi eval` evaluated since."""
+    directory = report_files.evaluated(tmp_path / "run")
+    whole = json.loads((directory / "evaluation.json").read_text())
+    del whole["protocols"]["fixed_targets"]
+    (directory / "evaluation.json").write_text(json.dumps(whole))
+    with pytest.raises(AssertionError, match="no table"):
+        opened(directory).cells("Bits per byte, fixed targets")
+    (directory / "evaluation.json").unlink()
+    assert opened(directory).cells("Bits per byte, fixed targets")
+
+
 def test_numbers_that_are_not_finite(tmp_path):
     directory = report_files.run(tmp_path / "run")
     summary = json.loads((directory / "extrapolation.json").read_text())
@@ -247,6 +260,7 @@ def failing(capsys, *arguments):
 def test_bad_input_ends_in_one_line(tmp_path, capsys):
     run, empty = report_files.run(tmp_path / "run"), tmp_path / "empty"
     empty.mkdir()
+    extrapolation = (run / "extrapolation.json").read_text()
     before = sorted(tmp_path.rglob("*"))
     assert "holds neither a run nor a comparison" in failing(capsys, run, empty)
     assert "no such directory" in failing(capsys, tmp_path / "nowhere")
@@ -260,6 +274,8 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys):
         ("[]", "no JSON object"),
         ('{"protocols": {"fixed_targets": [{}]}, "train_length": 1}', "a form that"),
         ('{"protocols": 3}', "a form that"),
+        (re.sub('"bits_per_byte": [0-9.]+', '"bits_per_byte": NaN', extrapolation), "a form that"),
+        (re.sub('"length": [0-9]+', '"length": 0', extrapolation), "a form that"),
     ):
         (run / "extrapolation.json").write_text(content)
         assert message in failing(capsys, run)

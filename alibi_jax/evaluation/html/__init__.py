@@ -3,8 +3,9 @@
   alibi report DIR... [--output=FILE.html]
 
 DIR       the --workdir of train.py, or of `alibi compare`; several are shown side by side. Of a run
-          the page takes evaluation.json (from `alibi eval`), extrapolation.json, config.json and
-          metrics.jsonl, of a comparison comparison.json and its runs. It says what is missing.
+          the page takes evaluation.json (from `alibi eval`) or else extrapolation.json,
+          config.json and metrics.jsonl, of a comparison comparison.json and its runs. It says what
+          is missing.
 --output  the page, report.html in the first DIR unless given; one that exists is replaced
 
 The page holds all that it shows: it can be sent, archived and opened without a network.
@@ -32,7 +33,9 @@ def main(arguments: list[str]) -> int:
     output = Path(flags.get("--output", directories[0] / "report.html")).expanduser()
     try:
         whole = page(*read(directories))
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{', '.join(map(str, directories))}: a file there has a form that this version does "
             f"not know ({type(error).__name__}: {error}); evaluate again, or use the version that "

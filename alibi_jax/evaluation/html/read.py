@@ -97,11 +97,8 @@ def _run(directory: Path, name: str, group: str) -> Run:
         for file in (EVALUATION, EXTRAPOLATION, CONFIG)
         if (directory / file).exists()
     }
-    evaluation: Json | None = None
-    if EVALUATION in found or EXTRAPOLATION in found:
-        short, full = found.get(EXTRAPOLATION, {}), found.get(EVALUATION, {})
-        protocols = {**short.get("protocols", {}), **full.get("protocols", {})}
-        evaluation = {**short, **full, "protocols": protocols}
+    # Never both: they may be of other steps, windows and settings.
+    evaluation = found.get(EVALUATION, found.get(EXTRAPOLATION))
     config = found.get(CONFIG, {}).get("config") or (evaluation or {}).get("config")
     metrics = _metrics(directory / METRICS)
     absent = {

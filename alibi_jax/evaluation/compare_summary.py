@@ -87,6 +87,9 @@ def summarize(
     summary["methods"] = [
         _method(method, reference, seeds, runs, scores, counts) for method in methods
     ]
+    ends = sorted({0, len(summary["lengths"]) - 1}) if evaluations else []
+    leaders = [_leader(summary["methods"], index, scores, counts) for index in ends]
+    summary["leaders"] = [leader for leader in leaders if leader is not None]
     return summary
 
 
@@ -210,22 +213,60 @@ def _entries(
             "relative_change_document_interval": interval(changed, base, counts),
         }
         if others:
-            paired = np.stack(
-                [
-                    own[seed].nats[protocol][index] - other.nats[protocol][index]
-                    for seed, other in others.items()
-                ]
-            )
-            gap = estimate(paired, tokens, counts)
-            entry |= {
-                "difference": gap["mean"],
-                "difference_interval": gap["interval"],
-                "difference_document_interval": gap["document_interval"],
-                "difference_seeds": gap["seeds"],
-                "p_value": p_value(paired.sum(axis=1)),
-            }
+            entry |= _difference(own, others, protocol, index, counts)
         entries.append(entry)
     return entries
+
+
+def _difference(
+    own: Mapping[int, _Scores],
+    others: Mapping[int, _Scores],
+    protocol: str,
+    index: int,
+    counts: np.ndarray,
+) -> dict[str, Any]:
+    """A method minus another at a length, over the seeds that both have, of which there is one."""
+    both = [(own[seed], others[seed]) for seed in own if seed in others]
+    paired = np.stack([one.nats[protocol][index] - two.nats[protocol][index] for one, two in both])
+    gap = estimate(paired, both[0][0].tokens[protocol], counts)
+    return {
+        "difference": gap["mean"],
+        "difference_interval": gap["interval"],
+        "difference_document_interval": gap["document_interval"],
+        "difference_seeds": gap["seeds"],
+        "p_value": p_value(paired.sum(axis=1)),
+    }
+
+
+def _leader(
+    methods: Sequence[Mapping[str, Any]],
+    index: int,
+    scores: Mapping[tuple[str, int], _Scores],
+    counts: np.ndarray,
+) -> dict[str, Any] | None:
+    """The method with the lowest loss on fixed targets at a length, and by how much it leads.
+
+    Returns:
+      "length"; "method"; "next", the method with the second lowest loss, or None; "difference" and
+      what goes with it, if both have a seed in common. None: no loss is finite.
+    """
+    levels = {
+        method["name"]: method["protocols"]["fixed_targets"][index]
+        for method in methods
+        if method["protocols"]
+    }
+    known = [name for name, level in levels.items() if level["nats_per_token"] is not None]
+    if not known:
+        return None
+    best, *rest = sorted(known, key=lambda name: levels[name]["nats_per_token"])
+    leader = {"length": levels[best]["length"], "method": best, "next": rest[0] if rest else None}
+    own, others = (
+        {seed: one for (name, seed), one in scores.items() if name == wanted}
+        for wanted in (best, leader["next"])
+    )
+    if own.keys() & others.keys():
+        leader |= _difference(own, others, "fixed_targets", index, counts)
+    return leader
 
 
 def _times(factor: float, value: Any) -> Any:
@@ -270,6 +311,7 @@ def _verdict(
     if doubts:
         text += f" (not certain: an interval {' and one '.join(doubts)} contains +1%)"
     verdict: dict[str, Any] = {"text": text, "holds_to": to["length"], "holds_factor": factor}
+    verdict["warning_seeds"] = [one["warning"] for one in of_runs]
     for name, words in (("uses_context_to", "uses context"), ("retrieves_to", "retrieves")):
         values = [one[name] for one in of_runs]
         verdict[f"{name}_seeds"] = values

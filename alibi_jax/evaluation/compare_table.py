@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alibi_jax.evaluation.compare_summary import MEANINGS
+from alibi_jax.evaluation.verdict import percent
 
 _TITLES = {
     "fixed_targets": "Fixed targets: the same last {num_targets} tokens of every window, after "
@@ -24,7 +25,7 @@ def comparison_table(comparison: Mapping[str, Any]) -> str:
     methods = [method for method in comparison["methods"] if method["protocols"]]
     parts = [_heading(comparison)]
     if methods:
-        parts += _findings(comparison, methods)
+        parts.append("\n".join(f"- {sentence}" for sentence in findings(comparison)))
         for protocol, title in _TITLES.items():
             parts.append(f"## {title.format(**comparison)}\n\n" + _losses(comparison, protocol))
         parts.append(_differences(comparison, methods))
@@ -53,27 +54,66 @@ def _heading(comparison: Mapping[str, Any]) -> str:
     return text
 
 
-def _findings(comparison: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which method has the lowest loss, at the training length and at the longest."""
-    lines = []
-    for index in dict.fromkeys((0, len(comparison["lengths"]) - 1)):
-        known = {
-            method["name"]: method["protocols"]["fixed_targets"][index]
-            for method in methods
-            if method["protocols"]["fixed_targets"][index]["bits_per_byte"] is not None
-        }
-        if not known:
-            continue
-        best = min(known, key=lambda name: known[name]["bits_per_byte"])
-        length = comparison["lengths"][index]
-        where = f"{length} tokens" + (" (the training length)" if index == 0 else "")
-        text = f"At {where} {best} has the lowest loss on fixed targets, "
-        text += f"{known[best]['bits_per_byte']:.4f} bits per byte"
-        if known[best].get("difference") is not None:
-            gap = _gap(known[best], comparison)
-            text += f": {gap} against {comparison['reference']}"
-        lines.append(f"- {text}.")
-    return ["\n".join(lines)] if lines else []
+def findings(comparison: Mapping[str, Any]) -> list[str]:
+    """Sentences on who leads, by how much and how far, and on curves that alone would mislead.
+
+    Args:
+      comparison: as for `comparison_table`.
+    """
+    methods = {method["name"]: method for method in comparison["methods"] if method["protocols"]}
+    leaders = comparison.get("leaders", ())  # a file of an earlier version has none
+    found = [_lead(leader, comparison) for leader in leaders]
+    names = [leader["method"] for leader in leaders]
+    if len(set(names)) == 2:
+        first, last = (leader["length"] for leader in leaders)
+        change = methods[names[0]]["protocols"]["fixed_targets"][-1]["relative_change"]
+        to = "is not finite" if change is None else f"has changed by {percent(change)}"
+        found.append(
+            f"{names[0]} leads at {first} tokens and not at {last}: there its loss on the same "
+            f"targets {to}. A lead at the training length says nothing about longer inputs."
+        )
+    misleading = [
+        name
+        for name, method in methods.items()
+        if all(method["verdict"].get("warning_seeds") or [None])
+    ]
+    if misleading:
+        found.append(
+            f"Nonoverlapping windows alone would mislead for {', '.join(misleading)}: their loss "
+            "falls with length mainly because longer windows have fewer tokens near their start. "
+            "On the same targets longer context gains less than half of that, or nothing that can "
+            "be measured."
+        )
+    return found
+
+
+def _lead(leader: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+    (method,) = (m for m in comparison["methods"] if m["name"] == leader["method"])
+    entries = method["protocols"]["fixed_targets"]
+    (level,) = (e["bits_per_byte"] for e in entries if e["length"] == leader["length"])
+    trained = leader["length"] == comparison["train_length"]
+    where = "the training length" if trained else "the longest"
+    text = (
+        f"At {leader['length']} tokens ({where}) {leader['method']} has the lowest loss on fixed "
+        f"targets, {level:.4f} bits per byte"
+    )
+    if leader.get("difference") is None:
+        return f"{text}."
+    bits = _bits(comparison)
+    intervals = {
+        "seeds": leader["difference_interval"],
+        "documents": leader["difference_document_interval"],
+    }
+    known = {what: bounds for what, bounds in intervals.items() if bounds is not None}
+    text += f": {_signed(leader['difference'], bits)}"
+    text += ",".join(f" {_bounds(bounds, bits)} over {what}" for what, bounds in known.items())
+    text += f" against {leader['next']}, the next"
+    doubts = [f"over {what}" for what, bounds in known.items() if bounds[0] <= 0 <= bounds[1]]
+    if doubts:
+        text += f" (not certain: an interval {' and one '.join(doubts)} contains zero)"
+    elif intervals["seeds"] is None:
+        text += " (in one seed, and another may say otherwise)"
+    return f"{text}."
 
 
 def _losses(comparison: Mapping[str, Any], protocol: str) -> str:
@@ -128,16 +168,6 @@ def _differences(comparison: Mapping[str, Any], methods: Sequence[Mapping[str, A
         f"## Against {comparison['reference']}, paired\n\nDifference on fixed targets, bits per "
         "byte; below zero is better.\n\n" + _markdown(header, rows)
     )
-
-
-def _gap(entry: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
-    bits = _bits(comparison)
-    text = _signed(entry["difference"], bits)
-    if entry["difference_interval"] is not None:
-        text += f" {_bounds(entry['difference_interval'], bits)} over seeds"
-    if entry["p_value"] is not None:
-        text += f", p = {entry['p_value']:.2g}"
-    return text
 
 
 def _verdicts(comparison: Mapping[str, Any]) -> str:

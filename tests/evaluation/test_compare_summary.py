@@ -11,8 +11,9 @@ from alibi_jax.errors import UserError
 from alibi_jax.evaluation.compare_figure import comparison_figure, drawn
 from alibi_jax.evaluation.compare_statistics import p_value, t_interval
 from alibi_jax.evaluation.compare_summary import Run, summarize
-from alibi_jax.evaluation.compare_table import comparison_table
+from alibi_jax.evaluation.compare_table import comparison_table, findings
 from alibi_jax.evaluation.report import summarize as summarize_run
+from alibi_jax.evaluation.verdict import percent
 from alibi_jax.evaluation.windows import Windows
 
 LENGTHS = (16, 32, 64)
@@ -30,7 +31,7 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1):
         losses, windows, train_length=16, num_targets=8, bytes_per_token=2.0, num_bootstrap=200
     )
     evaluation["left_out"] = []
-    evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None}
+    evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None, "warning": None}
     evaluation["config"] = {"evaluation": {"num_bootstrap": 200, "split": "test"}}
     evaluation |= {"step": 40, "tokens_sha256": "ab"}
     return Run("finished", None, evaluation, seconds, 10**7, 820_000)
@@ -257,9 +258,54 @@ def test_the_table_says_what_was_planted(comparison):
     level = TEXT[:, -8:].astype(np.float64).mean() + np.mean(list(SHIFT.values()))
     assert f"| {level * bits:.4f} ± " in text
     assert f"| {-0.06 * bits:+.4f} | " in text
-    assert (
-        f"At 64 tokens better has the lowest loss on fixed targets, {(level - 0.06) * bits:.4f}"
-        in text
-    )
+    better = f"better has the lowest loss on fixed targets, {(level - 0.06) * bits:.4f} bits"
+    assert f"At 64 tokens (the longest) {better}" in text
     assert "from 6 documents" in text
     assert "missing" not in text
+
+
+def lead(runs):
+    """What is found about planted runs, a sentence each."""
+    return findings(summarize(METHODS, (0, 1, 2), runs))
+
+
+def test_leads_are_paired_and_end_where_they_end(comparison):
+    """At 16 tokens "breaks" leads by 0.04 on average, seed by seed; "better" is the next."""
+    at_16, at_64 = comparison["leaders"]
+    assert (at_16["length"], at_16["method"], at_16["next"]) == (16, "breaks", "better")
+    gaps = np.array([-0.1 - GAIN[seed] for seed in (0, 1, 2)])
+    assert at_16["difference_seeds"] == pytest.approx(gaps, abs=1e-6)
+    assert at_16["difference_interval"] == pytest.approx(t_interval(gaps), abs=1e-5)
+    assert at_16["p_value"] == pytest.approx(p_value(gaps), rel=1e-3)
+    assert (at_64["length"], at_64["method"], at_64["next"]) == (64, "better", "alibi")
+    first, last, ends = findings(comparison)
+    bits = 1 / (math.log(2) * 2.0)
+    low, high = (x * bits for x in t_interval(gaps))
+    assert f": {gaps.mean() * bits:+.4f} [{low:+.4f}, {high:+.4f}] over seeds, [" in first
+    assert first.endswith("against better, the next.")
+    assert "-0.0433" in last and "against alibi, the next." in last
+    change = entry_of(comparison, "breaks", 64)["relative_change"]
+    assert ends.startswith("breaks leads at 16 tokens and not at 64: there its loss on the same")
+    assert f"has changed by {percent(change)}." in ends and change > 10
+
+
+def test_leads_that_another_sample_might_end_are_not_certain():
+    runs = planted()
+    for seed, gap in enumerate((-0.3, 0.02, 0.01)):
+        runs["breaks", seed] = run([SHIFT[seed] + GAIN[seed] + gap] * 3)
+    assert "(not certain: an interval over seeds contains zero)" in lead(runs)[0]
+    by_document = np.array([-0.5, 0.5, -0.5, 0.5, -0.5, -0.5])[DOCUMENT][:, None]
+    for seed in SHIFT:
+        runs["breaks", seed] = run([SHIFT[seed] + GAIN[seed] + by_document] * 3)
+    assert "(not certain: an interval over documents contains zero)" in lead(runs)[0]
+    assert "(in one seed, and another may say otherwise)" in lead(planted((0,)))[0]
+    alone = lead({("breaks", 0): run([0, np.nan, np.nan])})
+    assert len(alone) == 1 and alone[0].endswith("bits per byte.")
+
+
+def test_gains_of_nonoverlapping_windows_alone_are_named_where_all_seeds_warn():
+    runs = planted()
+    for seed in SHIFT:
+        runs["alibi", seed].evaluation["verdict"]["warning"] = "would mislead"
+    runs["better", 1].evaluation["verdict"]["warning"] = "would mislead"
+    assert "Nonoverlapping windows alone would mislead for alibi: " in lead(runs)[-1]

@@ -7,6 +7,7 @@ import pytest
 
 from alibi_jax.evaluation import write_json
 from alibi_jax.evaluation.compare_summary import Run, summarize
+from alibi_jax.evaluation.compare_table import findings
 from alibi_jax.evaluation.html import page
 from alibi_jax.evaluation.html.read import read
 from tests.evaluation import report_files
@@ -56,6 +57,9 @@ def test_methods_are_the_rows(directory):
         entries = method["protocols"]["fixed_targets"]
         for cell, entry in zip(rows[method["name"]], entries, strict=True):
             assert cell.startswith(f"{entry['nats_per_token'] / math.log(2):.4f}")
+    said = [item["text"] for item in found.all("li")]
+    assert [sentence for sentence in findings(numbers) if sentence in said] == findings(numbers)
+    assert len(findings(numbers)) == 3
     verdicts = {row[0]: row[1:] for row in found.cells("Verdicts of three")[1:]}
     assert verdicts["alibi"][:2] == ["2 of 2", "64"]
     assert verdicts["rotary"][:2] == ["2 of 2", "16"]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from alibi_jax.evaluation.compare_table import findings
 from alibi_jax.evaluation.html.losses import MISSING
 from alibi_jax.evaluation.html.read import Comparison, Run
 from alibi_jax.evaluation.html.tags import Cell, Html, join, lines, table, tag
@@ -11,7 +12,7 @@ from alibi_jax.evaluation.html.tags import Cell, Html, join, lines, table, tag
 def verdicts(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Html:
     """What a person who deploys a model wants to know first."""
     cards = [_card(run) for run in runs]
-    return join([*(_findings(c) for c in comparisons), tag("div", *cards, class_="cards")])
+    return join([*(_methods(c) for c in comparisons), tag("div", *cards, class_="cards")])
 
 
 def _card(run: Run) -> Html:
@@ -62,8 +63,8 @@ def _length(verdict: Mapping[str, Any], name: str) -> Html:
     return tag("dd", f"{value:,} tokens" if value else "no length", tag("small", how))
 
 
-def _findings(comparison: Comparison) -> Html:
-    """The methods of a comparison: what holds, and what is missing."""
+def _methods(comparison: Comparison) -> Html:
+    """The methods of a comparison: who leads, what holds, and what is missing."""
     numbers = comparison.numbers
     seeds = len(numbers["seeds"])
     parts = [tag("h3", comparison.name)]
@@ -76,6 +77,9 @@ def _findings(comparison: Comparison) -> Html:
             if run["status"] != "finished":
                 what = f"{method['name']} seed {run['seed']} {run['status']}: {run['message']}"
                 parts.append(tag("p", tag("strong", "Not finished: "), what, class_="warning"))
+    sentences = [tag("li", sentence) for sentence in findings(numbers)]
+    if sentences:
+        parts.append(tag("ul", *sentences))
     rows = []
     for method in numbers["methods"]:
         finished = sum(run["status"] == "finished" for run in method["runs"])

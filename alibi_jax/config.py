@@ -92,14 +92,19 @@ class Config:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
-    def validate(self, num_devices: int) -> None:
-        """Checks types, values and what fields ask of each other; raises UserError."""
+    def validate(self, num_devices: int, *, test_long: bool = True) -> None:
+        """Checks types, values and what fields ask of each other; raises UserError.
+
+        Args:
+          num_devices: that it runs on.
+          test_long: whether training ends with an evaluation, which asks more of memory.
+        """
         _check_types(self, "config")
         self.model.validate()
         self.data.validate()
         self.optimizer.validate()
         self.training.validate()
-        self.evaluation.validate(self.data.sequence_length)
+        self.evaluation.validate(self.data.sequence_length, whole_windows=test_long)
         data, fsdp, tensor, context = self.mesh.sizes(num_devices)
         batch, parts = self.data.batch_size, self.training.gradient_accumulation
         require(

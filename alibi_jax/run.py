@@ -59,7 +59,7 @@ def train_short_test_long(
     """
     # Check.
     clock = goodput.Clock()
-    config.validate(jax.device_count())
+    config.validate(jax.device_count(), test_long=test_long)
     traced = profiling.NEVER
     if profile is not None:
         traced = profiling.parse_steps(profile, config.training.num_steps)

@@ -112,7 +112,7 @@ def compare(
     """
     protocols = [name for name in ALL_PROTOCOLS if name in (*PROTOCOLS, *protocols)]
     for method in methods:
-        method.config.validate(jax.device_count())
+        method.config.validate(jax.device_count(), test_long=False)
     workdir.check_usable(directory)
     base = methods[0].config
     corpus = data.load_corpus(base.data)

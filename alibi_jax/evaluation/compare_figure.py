@@ -145,7 +145,7 @@ def _curve(
 
 def _title(axes: "Axes", title: str, cut: Sequence[str], longest: int) -> None:
     """The protocol, and below it the methods that are cut, with their values at the longest."""
-    points = 72 * axes.get_window_extent().width / axes.get_figure().dpi
+    points = 72 * _SIZE[0] * axes.get_position().width
     width = int(points / (_MEAN_WIDTH * _SMALL))
     values = (value.replace(" ", "\xa0", 1) for value in cut)  # a line breaks between methods
     text = textwrap.fill(f"▲ at {longest}: {', '.join(values)}", width) if cut else ""

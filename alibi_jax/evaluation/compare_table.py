@@ -107,7 +107,7 @@ def _lead(leader: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
     known = {what: bounds for what, bounds in intervals.items() if bounds is not None}
     text += f": {_signed(leader['difference'], bits)}"
     text += ",".join(f" {_bounds(bounds, bits)} over {what}" for what, bounds in known.items())
-    text += f" against {leader['next']}, the next"
+    text += f", against {leader['next']}, the next"
     doubts = [f"over {what}" for what, bounds in known.items() if bounds[0] <= 0 <= bounds[1]]
     if doubts:
         text += f" (not certain: an interval {' and one '.join(doubts)} contains zero)"

@@ -31,7 +31,7 @@ class EvaluationConfig:
     # Trials of each retrieval task at each length (and depth).
     num_trials: int = 16
     # Tokens computed at once, which bounds memory: in training at least the longest length, while
-    # `alibi eval` goes through longer windows in chunks of so many.
+    # `alibi eval` and `alibi compare` go through longer windows in chunks of so many.
     tokens_per_batch: int = 16384
     # Bootstrap resamples of the documents behind each interval.
     num_bootstrap: int = 1000
@@ -40,13 +40,19 @@ class EvaluationConfig:
         """Window lengths in tokens, shortest first."""
         return tuple(multiple * train_length for multiple in self.multiples)
 
-    def validate(self, train_length: int) -> None:
-        """Raise UserError, before anything is trained, for an evaluation that cannot work."""
+    def validate(self, train_length: int, *, whole_windows: bool = True) -> None:
+        """Raise UserError, before anything is trained, for an evaluation that cannot work.
+
+        Args:
+            train_length: Tokens per training window.
+            whole_windows: Whether windows are computed whole, as at the end of training, and not in
+                chunks, as by `alibi eval` and `alibi compare`.
+        """
         self.validate_multiples()
         self.validate_counts(train_length)
         longest = self.lengths(train_length)[-1]
         require(
-            self.tokens_per_batch >= longest,
+            self.tokens_per_batch >= longest or not whole_windows,
             f"config.evaluation.tokens_per_batch={self.tokens_per_batch} is less than one window "
             f"of {longest} tokens: raise it, or shorten config.evaluation.multiples",
         )

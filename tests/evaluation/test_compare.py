@@ -46,8 +46,8 @@ def get_config():
         optimizer=OptimizerConfig(warmup_steps=10),
         training=TrainingConfig(num_steps={steps}, checkpoint_every=10, validate_every=0),
         evaluation=EvaluationConfig(
-            multiples=(1, 2, 4), num_windows=6, num_targets=8, tokens_per_batch=256,
-            num_bootstrap=100,
+            multiples=(1, 2, 4), num_windows=6, num_targets=8, num_bootstrap=100,
+            tokens_per_batch=32,  # so the longest windows go through in two chunks
         ),
     )
 """

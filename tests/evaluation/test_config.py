@@ -11,6 +11,12 @@ def test_defaults_are_valid_at_128_tokens():
     assert EvaluationConfig().lengths(128) == (128, 256, 512, 1024, 2048, 4096)
 
 
+def test_windows_in_chunks_may_be_longer_than_what_is_computed_at_once():
+    EvaluationConfig(tokens_per_batch=128).validate(128, whole_windows=False)
+    with pytest.raises(UserError, match="training length, 128"):
+        EvaluationConfig(tokens_per_batch=127).validate(128, whole_windows=False)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

@@ -11,13 +11,16 @@ all of them have run with one seed before any does with the next.
 --methods  names of position methods with commas between. Other fields of config.model are set with
            +FIELD=VALUE, or +FIELD for +FIELD=true:
              alibi,alibi+sink,alibi+learned_slopes,alibi+alibi_heads=4,rotary
+           length_scaling and scaling_factor are of inference, so methods that differ in these
+           alone are trained once, and evaluated with each:
+             rotary,rotary+length_scaling=yarn+scaling_factor=8
            "alibi", or else the first, is the reference that the others are compared with.
 --seeds    runs of each method. Their seeds count up from config.training.seed of the file.
 --protocols
            how runs are evaluated, as of `alibi eval`; all of its protocols if left out, which may
            take longer than the training. nonoverlapping and fixed_targets are always among them.
---workdir  holds the runs in DIR/METHOD/seed-N, which `alibi eval` and `alibi report` read as they
-           do those of train.py, and the results:
+--workdir  holds the runs in DIR/METHOD/seed-N, where METHOD is without fields of inference, which
+           `alibi eval` and `alibi report` read as they do those of train.py, and the results:
              comparison.md    tables: mean and interval over seeds, paired differences to the
                               reference, verdicts, parameters, time and memory a step
              comparison.png   bits per byte against length, one line a method, one panel a protocol
@@ -54,7 +57,7 @@ from alibi_jax.evaluation.compare_methods import Method, parse_methods, with_see
 from alibi_jax.evaluation.compare_summary import PROTOCOLS, Run, summarize
 from alibi_jax.evaluation.compare_table import comparison_table
 from alibi_jax.evaluation.report import versions, write_json
-from alibi_jax.evaluation.run import parse_protocols
+from alibi_jax.evaluation.run import numbers_file, parse_protocols
 from alibi_jax.files import write_text
 from alibi_jax.training import compilation_cache, loop, workdir
 
@@ -119,11 +122,14 @@ def compare(
     loop.check_data(base, corpus)
     num_steps, seeds = base.training.num_steps, [base.training.seed + i for i in range(num_seeds)]
     planned = [(method, seed) for seed in seeds for method in methods]
-    paths = {(m.name, seed): directory / m.name / f"seed-{seed}" for m, seed in planned}
+    paths = {(m.name, seed): directory / m.trained_as / f"seed-{seed}" for m, seed in planned}
     with workdir.locked(directory), _compiled_once(directory):
         _claim(directory, methods, num_seeds)
-        recalled = {key: compare_runs.recall(path, protocols) for key, path in paths.items()}
-        runs = {key: run for key, run in recalled.items() if run is not None}
+        runs = {
+            (m.name, seed): run
+            for m, seed in planned
+            if (run := compare_runs.recall(m.config, paths[m.name, seed], protocols))
+        }
         summarize([m.name for m in methods], seeds, runs)  # so that no training comes before "no"
         costs: dict[str, compare_runs.Cost] = {}
         with tqdm.tqdm(
@@ -138,14 +144,14 @@ def compare(
                     continue
                 what = f"{method.name} seed {seed} ({number + 1}/{len(planned)})"
                 bar.set_description(what)
-                if method.name not in costs:
+                if method.trained_as not in costs:
                     vocab_size = corpus.tokenizer.vocab_size
-                    costs[method.name] = compare_runs.cost(method.config, vocab_size)
+                    costs[method.trained_as] = compare_runs.cost(method.config, vocab_size)
                 run = compare_runs.perform(
                     with_seed(method.config, seed),
                     paths[method.name, seed],
                     protocols,
-                    costs[method.name],
+                    costs[method.trained_as],
                     bar,
                 )
                 if run is None:
@@ -222,6 +228,9 @@ def _write(
 ) -> None:
     """Writes the numbers, the tables and the figure of the runs that ended so far."""
     comparison = summarize([method.name for method in methods], seeds, runs)
+    for method, entry in zip(methods, comparison["methods"], strict=True):
+        numbers = numbers_file(directory, method.config).name
+        entry |= {"directory": method.trained_as, "evaluation": numbers}
     comparison |= {"config": methods[0].config.to_dict(), "versions": versions()}
     with workdir.writing(directory):
         write_json(comparison, directory / "comparison.json")

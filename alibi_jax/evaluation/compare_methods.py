@@ -15,11 +15,16 @@ _OWN_FIELDS = {
 }
 
 
+# How positions are scaled at inference, as in `DecoderConfig`: nothing that is trained.
+_AT_INFERENCE = ("length_scaling", "scaling_factor")
+
+
 class Method(NamedTuple):
-    """A name as a person writes it, which is also that of its directory, and its config."""
+    """A name as a person writes it, and what it stands for."""
 
     name: str
-    config: Config
+    config: Config  # as it is evaluated
+    trained_as: str  # the name without what is of inference alone; also that of its directory
 
 
 def parse_methods(text: str, path: str, overrides: dict[str, str]) -> list[Method]:
@@ -40,11 +45,11 @@ def parse_methods(text: str, path: str, overrides: dict[str, str]) -> list[Metho
     for name, reason in _OWN_FIELDS.items():
         require(name not in overrides, f"--config.{name} cannot be given here: {reason}")
     methods = [_method(word.strip(), path, overrides) for word in text.split(",")]
-    for index, (name, config) in enumerate(methods):
+    for index, method in enumerate(methods):
         for earlier in methods[:index]:
             require(
-                config != earlier.config,
-                f"--methods={text}: {earlier.name} and {name} are the same: leave one out",
+                method.config != earlier.config,
+                f"--methods={text}: {earlier.name} and {method.name} are the same: leave one out",
             )
     return methods
 
@@ -53,6 +58,12 @@ def with_seed(config: Config, seed: int) -> Config:
     """The config of one run of a method."""
     training = dataclasses.replace(config.training, seed=seed)
     return dataclasses.replace(config, training=training)
+
+
+def trained(config: Config) -> Config:
+    """The config that a method is trained with: its positions are scaled at inference only."""
+    model = dataclasses.replace(config.model, length_scaling="none", scaling_factor=1.0)
+    return dataclasses.replace(config, model=model)
 
 
 def _method(word: str, path: str, overrides: dict[str, str]) -> Method:
@@ -66,6 +77,8 @@ def _method(word: str, path: str, overrides: dict[str, str]) -> Method:
         parts.append(field if fields[field] == "true" else setting)
     changed = {f"model.{field}": value for field, value in fields.items()}
     try:
-        return Method("+".join(parts), load_config(path, overrides | changed))
+        config = load_config(path, overrides | changed)
     except UserError as error:
         raise UserError(f"--methods has {word!r}: {error}") from error
+    of_training = [part for part in parts if part.partition("=")[0] not in _AT_INFERENCE]
+    return Method("+".join(parts), config, "+".join(of_training))

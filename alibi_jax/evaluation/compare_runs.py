@@ -13,9 +13,10 @@ import tqdm
 
 from alibi_jax.config import Config
 from alibi_jax.errors import UserError
+from alibi_jax.evaluation.compare_methods import trained
 from alibi_jax.evaluation.compare_summary import Run
 from alibi_jax.evaluation.report import write_json
-from alibi_jax.evaluation.run import NUMBERS, evaluate_run
+from alibi_jax.evaluation.run import evaluate_run, numbers_file
 from alibi_jax.run import completed, train_short_test_long
 from alibi_jax.sharding import make_mesh
 from alibi_jax.training import loop, workdir
@@ -39,7 +40,7 @@ def cost(config: Config, vocab_size: int) -> Cost:
     """
     mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        lowered = loop.lower_step(completed(config, vocab_size), mesh)
+        lowered = loop.lower_step(completed(trained(config), vocab_size), mesh)
     try:
         memory = lowered.step.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
@@ -56,10 +57,11 @@ def cost(config: Config, vocab_size: int) -> Cost:
     )
 
 
-def recall(directory: Path, protocols: Sequence[str]) -> Run | None:
+def recall(config: Config, directory: Path, protocols: Sequence[str]) -> Run | None:
     """The run that ended in `directory`; None if none has, or some protocol is still wanted of it.
 
     Args:
+      config: of its method.
       directory: the run's.
       protocols: those wanted, of `assess.PROTOCOLS`.
     """
@@ -68,7 +70,7 @@ def recall(directory: Path, protocols: Sequence[str]) -> Run | None:
         result = json.loads(path.read_text())
         if result["status"] != FINISHED:
             return Run(**result, evaluation=None)
-        path = directory / NUMBERS
+        path = numbers_file(directory, config)
         evaluation = json.loads(path.read_text())
         known = all(_has(evaluation, name) for name in protocols)
         return Run(**result, evaluation=evaluation) if known else None
@@ -94,8 +96,10 @@ def perform(
 ) -> Run | None:
     """Trains and evaluates a run, or goes on with it, and keeps how it ended.
 
+    One that has finished is evaluated only: by more protocols, or with positions scaled otherwise.
+
     Args:
-      config: the run's.
+      config: the run's, as it is evaluated.
       directory: the run's.
       protocols: some of `assess.PROTOCOLS`.
       cost: of its method.
@@ -105,11 +109,20 @@ def perform(
       The run: finished, diverged, or out of memory, which is not kept, so that the next time tries
       again. None: stopped by a signal, all saved.
     """
+    run = recall(config, directory, protocols)  # a method that shares its training has just ended
+    if run is not None:
+        return run
     status, message, evaluation = FINISHED, None, None
     try:
-        if not train_short_test_long(config, directory, bar=bar, test_long=False).complete:
-            return None
-        evaluation = evaluate_run(directory, wanted=protocols)
+        if not (directory / RESULT).exists():
+            outcome = train_short_test_long(trained(config), directory, bar=bar, test_long=False)
+            if not outcome.complete:
+                return None
+        scaling = {
+            "model.length_scaling": config.model.length_scaling,
+            "model.scaling_factor": str(config.model.scaling_factor),
+        }
+        evaluation = evaluate_run(directory, wanted=protocols, overrides=scaling)
     except loop.Diverged as error:
         status, message = "diverged", str(error).partition(": stopped")[0]
     except jax.errors.JaxRuntimeError as error:

@@ -18,8 +18,9 @@ import pytest
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import compare, compare_runs
 from alibi_jax.evaluation.compare_methods import parse_methods, with_seed
-from alibi_jax.run import completed
+from alibi_jax.run import Outcome, completed
 from alibi_jax.sharding import make_mesh
+from alibi_jax.training import loop
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import init_state
 from tests.evaluation.test_compare_summary import run as planted_run
@@ -234,15 +235,62 @@ def test_a_step_that_does_not_fit_as_it_is_compiled_does_not_end_the_comparison(
         compare_runs.cost(method.config, 257)
 
 
-def test_a_run_that_needs_too_much_memory_is_told_and_tried_again(tmp_path, monkeypatch):
+@pytest.fixture
+def pretended(monkeypatch):
+    """In place of the training and the evaluation of a run: what they were given."""
+    trained, evaluated = [], []
+
+    def train(config, directory, *, bar, test_long):
+        trained.append((config.model.length_scaling, config.model.scaling_factor, directory))
+        directory.mkdir(parents=True)
+        if directory.name == "seed-1":
+            raise loop.Diverged("loss is nan at step 3: stopped")
+        return Outcome(STEPS, True, None, {})
+
+    def evaluate(directory, *, wanted, overrides):
+        evaluated.append((*overrides.values(), directory))
+        return planted_run([0, 0, 0]).evaluation
+
+    monkeypatch.setattr(compare_runs, "train_short_test_long", train)
+    monkeypatch.setattr(compare_runs, "evaluate_run", evaluate)
+    monkeypatch.setattr(compare_runs, "cost", lambda config, size: compare_runs.Cost(1, 1))
+    return trained, evaluated
+
+
+def test_scaled_positions_are_evaluated_in_the_run_that_trained_without(
+    folder, tmp_path, pretended
+):
+    trained, evaluated = pretended
+    methods = "alibi+length_scaling=linear+scaling_factor=4,alibi"
+    assert compare.main(arguments(folder, tmp_path, methods=methods)) == 0
+    run, diverged = (tmp_path / "alibi" / f"seed-{seed}" for seed in (0, 1))
+    assert trained == [("none", 1.0, run), ("none", 1.0, diverged)]
+    assert evaluated == [("linear", "4.0", run), ("none", "1.0", run)]
+    written = json.loads((tmp_path / "comparison.json").read_text())["methods"]
+    names = [(method["directory"], method["evaluation"]) for method in written]
+    assert names == [("alibi", "evaluation-linear-4.json"), ("alibi", "evaluation.json")]
+    for method in written:
+        assert [run["status"] for run in method["runs"]] == ["finished", "diverged"]
+    # Each is remembered by its own evaluation.
+    numbers = planted_run([0, 0, 0]).evaluation
+    (run / "evaluation-linear-4.json").write_text(json.dumps(numbers | {"protocols": {}}))
+    (run / "evaluation.json").write_text(json.dumps(numbers))
+    assert (
+        compare.main(arguments(folder, tmp_path, "--protocols=fixed_targets", methods=methods)) == 0
+    )
+    assert len(trained) == 2 and evaluated[2:] == evaluated[:1]
+
+
+def test_a_run_that_needs_too_much_memory_is_told_and_tried_again(folder, tmp_path, monkeypatch):
     def train(config, directory, **options):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
 
     monkeypatch.setattr(compare_runs, "train_short_test_long", train)
-    run = compare_runs.perform(None, tmp_path, (), compare_runs.Cost(1, 2), None)
+    (method,) = parse_methods("alibi", str(folder / "config.py"), {})
+    run = compare_runs.perform(method.config, tmp_path, (), compare_runs.Cost(1, 2), None)
     assert (run.status, run.evaluation, run.parameters) == ("out of memory", None, 1)
     assert run.message == "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"
-    assert compare_runs.recall(tmp_path, ()) is None
+    assert compare_runs.recall(method.config, tmp_path, ()) is None
 
 
 @pytest.mark.parametrize(
@@ -282,8 +330,10 @@ def test_methods_start_from_the_same_parameters(folder):
     assert any(other[path].tobytes() != value.tobytes() for path, value in shared.items())
 
 
-# Real comparisons. The second method computes what the first does, and the last overflows.
-METHODS = "none,alibi+slope_scale=0,alibi,none+logit_scale=1e38"
+# Real comparisons. The second method computes what the first does, the fourth is trained as the
+# third, and the last overflows.
+SCALED = "alibi+length_scaling=linear+scaling_factor=4"
+METHODS = f"none,alibi+slope_scale=0,alibi,{SCALED},none+logit_scale=1e38"
 FLAGS = "--protocols=truncation"
 
 
@@ -358,24 +408,26 @@ def undisturbed(command):
 def test_end_to_end(command, undisturbed):
     workdir, out, err = undisturbed
     comparison = numbers(workdir)
-    zero, same, alibi, diverged = comparison["methods"]
-    assert [run["status"] for run in zero["runs"] + alibi["runs"]] == ["finished"] * 4
+    zero, same, alibi, scaled, diverged = comparison["methods"]
+    finished = zero["runs"] + alibi["runs"] + scaled["runs"]
+    assert [run["status"] for run in finished] == ["finished"] * 6
     assert [run["status"] for run in diverged["runs"]] == ["diverged"] * 2
     assert "none+logit_scale=1e38 seed 1 diverged (loss is nan at step 1)" in out
     assert not comparison["missing"] and comparison["lengths"] == [16, 32, 64]
     # Equal functions give equal numbers to the last bit: one start and one order of the data.
     assert zero["protocols"]["nonoverlapping"] == same["protocols"]["nonoverlapping"]
-    assert zero["protocols"] != alibi["protocols"]
+    assert zero["protocols"] != alibi["protocols"] != scaled["protocols"]
+    assert not (workdir / SCALED).exists()
     assert zero["parameters"] == alibi["parameters"] > 0
     assert zero["memory_bytes"] > 3 * 4 * zero["parameters"]  # parameters and two moments
-    for name in METHODS.split(","):
+    for name in ("none", "alibi+slope_scale=0", "alibi", "none+logit_scale=1e38"):
         streams = [
             json.loads((workdir / name / f"seed-{seed}" / "config.json").read_text())["stream"]
             for seed in (0, 1)
         ]
         assert [stream["seed"] for stream in streams] == [0, 1]
     assert (workdir / "comparison.md").read_text() in out
-    assert f"{8 * STEPS}/{8 * STEPS}" in err
+    assert f"{10 * STEPS}/{10 * STEPS}" in err
     assert not list(workdir.rglob("*.tmp"))
     seconds = json.loads((workdir / "comparison.json").read_text())["methods"][0][
         "seconds_per_step"
@@ -401,7 +453,7 @@ def test_a_run_evaluated_in_another_way_is_evaluated_again(command, undisturbed,
     del evaluation["protocols"]["nonoverlapping"]
     path.write_text(json.dumps(evaluation))
     out, _ = command.run(workdir)
-    assert out.count("finished\n") == 1 and "alibi seed 1 (7/8): finished\n" in out
+    assert out.count("finished\n") == 1 and "alibi seed 1 (8/10): finished\n" in out
     assert path.read_bytes() == before
     assert numbers(workdir) == numbers(undisturbed[0])
 

@@ -3,7 +3,7 @@
 import pytest
 
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation.compare_methods import parse_methods, with_seed
+from alibi_jax.evaluation.compare_methods import parse_methods, trained, with_seed
 
 FILE = "configs/quickstart.py"
 
@@ -32,6 +32,16 @@ def test_a_field_alone_is_true():
     assert short == long
     assert short.name == "alibi+sink"
     assert short.config.model.sink
+
+
+def test_methods_that_differ_in_inference_alone_are_trained_as_one():
+    names = "rotary,rotary+length_scaling=yarn+scaling_factor=8,alibi+length_scaling=dynamic+sink"
+    plain, yarn, dynamic = parse_methods(names, FILE, {})
+    assert [m.trained_as for m in (plain, yarn, dynamic)] == ["rotary", "rotary", "alibi+sink"]
+    assert yarn.config.model.length_scaling == "yarn" and yarn.config.model.scaling_factor == 8
+    assert trained(yarn.config) == plain.config == trained(plain.config)
+    (sink,) = parse_methods("alibi+sink", FILE, {})
+    assert trained(dynamic.config) == sink.config
 
 
 def test_a_seed_changes_nothing_else():

@@ -88,6 +88,21 @@ def test_runs_of_a_comparison_are_drawn_and_their_settings_compared(directory):
     assert found.cells("Cost of training, three")[1] == ["alibi", "820,000", "20.0", "10.0"]
 
 
+def test_methods_that_share_a_training_have_evaluations_of_their_own(directory):
+    whole = json.loads((directory / "alibi" / "seed-0" / "evaluation.json").read_text())
+    whole["verdict"]["text"] = "Scaled, it holds further."
+    write_json(whole, directory / "alibi" / "seed-0" / "evaluation-linear-4.json")
+    numbers = json.loads((directory / "comparison.json").read_text())
+    numbers["methods"][1] |= {"directory": "alibi", "evaluation": "evaluation-linear-4.json"}
+    write_json(numbers, directory / "comparison.json")
+    found = opened(directory)
+    said = [item["text"] for item in found.all("li")]
+    assert any(text.startswith("rotary seed-0: Scaled, it holds further.") for text in said)
+    assert any(text.startswith("alibi seed-0: Holds to 64 tokens") for text in said)
+    missing = found.all("section")[-1]["text"]
+    assert "rotary seed-1: evaluation-linear-4.json (made by `alibi eval`)" in missing
+
+
 def test_nothing_has_finished(tmp_path):
     found = opened(comparison(tmp_path / "begun", runs={}))
     assert "6 of 6 runs are missing" in found.all("section")[0]["text"]

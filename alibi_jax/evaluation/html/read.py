@@ -77,11 +77,12 @@ def _names(directories: Sequence[Path]) -> list[str]:
 def _comparison(directory: Path, name: str) -> Comparison:
     numbers = _json(directory / COMPARISON)
     arguments = _json(directory / ARGUMENTS) if (directory / ARGUMENTS).exists() else {}
-    methods = [method["name"] for method in numbers.get("methods", [])]
+    # A file of an earlier version names neither directories nor evaluations.
     runs = [
-        _run(path, f"{method} {path.name}", method)
-        for method in methods
-        for path in sorted((directory / method).glob("seed-*"), key=_seed)
+        _run(path, f"{name} {path.name}", name, method.get("evaluation", EVALUATION))
+        for method in numbers.get("methods", [])
+        for name in [method["name"]]
+        for path in sorted((directory / method.get("directory", name)).glob("seed-*"), key=_seed)
     ]
     return Comparison(name, directory, numbers, arguments.get("methods", {}), runs)
 
@@ -91,18 +92,18 @@ def _seed(path: Path) -> tuple[int, str]:
     return (int(number) if number.isdecimal() else 0, number)
 
 
-def _run(directory: Path, name: str, group: str) -> Run:
+def _run(directory: Path, name: str, group: str, evaluated: str = EVALUATION) -> Run:
     found = {
         file: _json(directory / file)
-        for file in (EVALUATION, EXTRAPOLATION, CONFIG)
+        for file in (evaluated, EXTRAPOLATION, CONFIG)
         if (directory / file).exists()
     }
     # Never both: they may be of other steps, windows and settings.
-    evaluation = found.get(EVALUATION, found.get(EXTRAPOLATION))
+    evaluation = found.get(evaluated, found.get(EXTRAPOLATION))
     config = found.get(CONFIG, {}).get("config") or (evaluation or {}).get("config")
     metrics = _metrics(directory / METRICS)
     absent = {
-        f"{EVALUATION} (made by `alibi eval`)": EVALUATION not in found,
+        f"{evaluated} (made by `alibi eval`)": evaluated not in found,
         f"{EXTRAPOLATION} (made at the end of training)": evaluation is None,
         CONFIG: CONFIG not in found,
         METRICS: not metrics,

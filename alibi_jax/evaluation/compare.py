@@ -135,15 +135,16 @@ def compare(
         with tqdm.tqdm(
             total=len(planned) * num_steps,
             unit="step",
-            smoothing=0,  # time left at the mean speed so far, evaluations included
+            smoothing=0,  # time left at the mean speed so far, with the evaluations so far
             dynamic_ncols=True,
         ) as bar:
+            note = ", its evaluation not in the time left"  # until there is one to learn from
             for number, (method, seed) in enumerate(planned):
                 _skip(bar, number * num_steps)
                 if (method.name, seed) in runs:
                     continue
                 what = f"{method.name} seed {seed} ({number + 1}/{len(planned)})"
-                bar.set_description(what)
+                bar.set_description(what + note)
                 if method.trained_as not in costs:
                     vocab_size = corpus.tokenizer.vocab_size
                     costs[method.trained_as] = compare_runs.cost(method.config, vocab_size)
@@ -156,6 +157,10 @@ def compare(
                 )
                 if run is None:
                     return False
+                if run.evaluation is not None:
+                    note = ""
+                    # Steps of one that was evaluated only count, or its time would not.
+                    bar.update((number + 1) * num_steps - bar.n)
                 bar.write(f"{what}: {run.message or run.status}")
                 runs[method.name, seed] = run
                 _write(directory, methods, seeds, runs)

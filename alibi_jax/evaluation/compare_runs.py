@@ -103,7 +103,7 @@ def perform(
       directory: the run's.
       protocols: some of `assess.PROTOCOLS`.
       cost: of its method.
-      bar: counts the steps of all runs.
+      bar: counts the steps of all runs, and says when one is evaluated.
 
     Returns:
       The run: finished, diverged, or out of memory, which is not kept, so that the next time tries
@@ -122,6 +122,7 @@ def perform(
             "model.length_scaling": config.model.length_scaling,
             "model.scaling_factor": str(config.model.scaling_factor),
         }
+        bar.set_postfix_str("evaluating")
         evaluation = evaluate_run(directory, wanted=protocols, overrides=scaling)
     except loop.Diverged as error:
         status, message = "diverged", str(error).partition(": stopped")[0]

@@ -82,6 +82,7 @@ def performed(monkeypatch):
 
     def perform(config, directory, protocols, cost, bar):
         asked.append((config.model.position, config.training.seed, directory, protocols))
+        asked[-1] += ((bar.n, bar.initial, bar.desc),)
         return outcome[0](config)
 
     monkeypatch.setattr(compare_runs, "perform", perform)
@@ -235,12 +236,26 @@ def test_a_step_that_does_not_fit_as_it_is_compiled_does_not_end_the_comparison(
         compare_runs.cost(method.config, 257)
 
 
+def test_the_time_left_counts_runs_that_are_evaluated_only(folder, begun, performed):
+    """The second of four is there already; none of the others takes a step."""
+    asked, outcome = performed
+    finish(begun / "none" / "seed-0", planted_run([0, 0, 0]).evaluation)
+    outcome[0] = lambda config: planted_run([0, 0, 0])
+    asked.clear()
+    assert compare.main(arguments(folder, begun, "--protocols=fixed_targets")) == 0
+    done = [(n, initial) for *_, (n, initial, _) in asked]
+    assert done == [(0, 0), (2 * STEPS, STEPS), (3 * STEPS, STEPS)]  # steps, and those of before
+    unknown = ["evaluation not in the time left" in what for *_, (_, _, what) in asked]
+    assert unknown == [True, False, False]
+
+
 @pytest.fixture
 def pretended(monkeypatch):
     """In place of the training and the evaluation of a run: what they were given."""
-    trained, evaluated = [], []
+    trained, evaluated, bars = [], [], []
 
     def train(config, directory, *, bar, test_long):
+        bars.append(bar)
         trained.append((config.model.length_scaling, config.model.scaling_factor, directory))
         directory.mkdir(parents=True)
         if directory.name == "seed-1":
@@ -249,6 +264,7 @@ def pretended(monkeypatch):
 
     def evaluate(directory, *, wanted, overrides):
         evaluated.append((*overrides.values(), directory))
+        assert bars[-1].postfix == "evaluating"
         return planted_run([0, 0, 0]).evaluation
 
     monkeypatch.setattr(compare_runs, "train_short_test_long", train)

@@ -8,6 +8,8 @@ Command   alibi compare --config=configs/compare_books.py --workdir=runs/compare
           --protocols=nonoverlapping,fixed_targets
 
 A run trains on 1.4M bytes: enough for the shape of the curves, too little for the best loss.
+The same command with more methods, seeds or protocols adds to it: runs that are there are not
+trained again.
 """
 
 from alibi_jax.config import Config, OptimizerConfig, TrainingConfig

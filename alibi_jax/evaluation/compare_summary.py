@@ -21,13 +21,15 @@ MEANINGS = {
     "interval": "95%, Student's t over seeds with n - 1 degrees of freedom; none with one seed",
     "document_interval": "95%, percentile bootstrap over held-out documents of the mean over the "
     "seeds that were trained; it says nothing about other seeds",
-    "difference": "mean over seeds of the method minus the reference, nats per token, paired: "
-    "equal seeds (so equal initial parameters and order of the data) and the same tokens",
-    "p_value": "two-sided, paired t test over seeds; not corrected for the number of methods",
+    "difference": "mean over seeds of the method minus the reference (a leader: minus the next), "
+    "nats per token, paired: equal seeds (so equal initial parameters and order of the data) and "
+    "the same tokens",
+    "p_value": "two-sided, paired t test over seeds; not corrected for the number of methods, nor "
+    "for the choice of a leader",
     "relative_change": "of a seed's loss against its own at the training length, mean over seeds; "
     "its interval is Student's t over seeds, its document_interval as above",
 }
-# The intervals of a change, by what another sample of might say otherwise.
+# The intervals of a change: other seeds, or other documents, might say otherwise.
 _INTERVALS = {
     "seeds": "relative_change_interval",
     "documents": "relative_change_document_interval",

@@ -111,8 +111,8 @@ def _lead(leader: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
     doubts = [f"over {what}" for what, bounds in known.items() if bounds[0] <= 0 <= bounds[1]]
     if doubts:
         text += f" (not certain: an interval {' and one '.join(doubts)} contains zero)"
-    elif intervals["seeds"] is None:
-        text += " (in one seed, and another may say otherwise)"
+    if len(leader["difference_seeds"]) == 1:
+        text += ", in one seed, and another may say otherwise"
     return f"{text}."
 
 

@@ -19,7 +19,7 @@ PROTOCOLS = ("nonoverlapping", "fixed_targets")
 MEANINGS = {
     "nats_per_token": "mean over seeds",
     "interval": "95%, Student's t over seeds with n - 1 degrees of freedom; none with one seed",
-    "document_interval": "95%, percentile bootstrap over held-out documents of the mean over the "
+    "document_interval": "95%, bootstrap over held-out documents of the mean over the "
     "seeds that were trained; it says nothing about other seeds",
     "difference": "mean over seeds of the method minus the reference, nats per token, paired: "
     "equal seeds (so equal initial parameters and order of the data) and the same tokens",

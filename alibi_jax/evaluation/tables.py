@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from alibi_jax.evaluation.verdict import percent, relative_change
+from alibi_jax.evaluation.verdict import few_documents, percent, relative_change
 
 _WIDTH = 100
 
@@ -62,6 +62,9 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     lines = []
     for name, entries in protocols.items():
         lines += [*writers[name](entries, found["train_length"]), ""]
+    windows = _plural(found["num_windows"], "window")
+    source = f"{windows} from {_plural(found['num_documents'], found['unit'])}."
+    lines += [" ".join([source, *few_documents(found["unit"], found["num_documents"])]), ""]
     verdict = found["verdict"]
     lines += textwrap.wrap(verdict["text"], _WIDTH)
     if verdict["warning"]:

@@ -15,7 +15,7 @@ from alibi_jax.evaluation.config import EvaluationConfig
 from alibi_jax.evaluation.protocols import WindowedLossFn
 from alibi_jax.evaluation.reach import MassFn, attention_mass
 from alibi_jax.evaluation.report import by_length, compared, ratio
-from alibi_jax.evaluation.verdict import Entry
+from alibi_jax.evaluation.verdict import Entry, Level
 from alibi_jax.evaluation.windows import (
     TokenizedDocuments,
     Windows,
@@ -29,6 +29,7 @@ PROTOCOLS = (
     "fixed_targets",
     "sliding_window",
     "by_position",
+    "truncated_input",
     "truncation",
     "attention_mass",
     "needle",
@@ -84,6 +85,16 @@ class Setting(NamedTuple):
         return by_length(
             losses,
             self.train_length,
+            self.windows.document,
+            self.counts,
+            bits_per_nat=self.bits_per_nat,
+        )
+
+    def compared(self, losses: dict[int, np.ndarray]) -> dict[int, Level]:
+        """Levels of losses [N, P] in each setting, compared with all of the longest windows."""
+        return compared(
+            losses,
+            self.longest,
             self.windows.document,
             self.counts,
             bits_per_nat=self.bits_per_nat,
@@ -182,6 +193,7 @@ def _tasks(
         yield "windows", _of_windows(scorer, setting)
     makers = {
         "sliding_window": _sliding_window,
+        "truncated_input": _truncated_input,
         "truncation": _truncation,
         "attention_mass": _attention_mass,
         "needle": _needle,
@@ -259,35 +271,72 @@ def _sliding_window(scorer: Scorer, setting: Setting) -> Task | str:
             f"its targets are the second half of the longest windows, {setting.longest} tokens: "
             f"these must be at least 4 times the training length, {setting.train_length}"
         )
+    num_targets = setting.longest // 2
     strides = {length: max(1, length // setting.config.overlap) for length in lengths}
-    costs = {
-        length: len(protocols.sliding_ends(setting.longest, stride)) * length
-        for length, stride in strides.items()
-    }
+    costs = _sliding_costs(setting, strides, num_targets)
 
     def run(progress: Callable[[int], object]) -> Found:
-        losses = {
-            length: protocols.sliding_losses(
-                lambda tokens: scorer.losses(tokens, None),
-                setting.windows,
-                length,
-                stride=strides[length],
-                tokens_per_batch=setting.config.tokens_per_batch,
-                progress=progress,
-            )
-            for length in lengths
-        }
+        losses = _sliding_losses(scorer, setting, strides, num_targets, progress)
         entries = [
             {
                 **entry,
                 "stride": strides[entry["length"]],
                 # Tokens computed for each that is scored.
-                "cost": costs[entry["length"]] / (setting.longest // 2),
+                "cost": costs[entry["length"]] / num_targets,
             }
             for entry in setting.by_length(losses)
         ]
         return {"sliding_window": entries}, {}
 
+    return Task(len(setting.windows.tokens) * sum(costs.values()), run)
+
+
+def _sliding_costs(setting: Setting, strides: dict[int, int], num_targets: int) -> dict[int, int]:
+    """Tokens computed for one of the longest windows, by length of a sliding window."""
+    return {
+        length: len(protocols.sliding_ends(setting.longest, stride, num_targets)) * length
+        for length, stride in strides.items()
+    }
+
+
+def _sliding_losses(
+    scorer: Scorer,
+    setting: Setting,
+    strides: dict[int, int],
+    num_targets: int,
+    progress: Callable[[int], object],
+) -> dict[int, np.ndarray]:
+    """Losses [N, num_targets] of the same targets, by length of a sliding window."""
+    return {
+        length: protocols.sliding_losses(
+            lambda tokens: scorer.losses(tokens, None),
+            setting.windows,
+            length,
+            stride=stride,
+            num_targets=num_targets,
+            tokens_per_batch=setting.config.tokens_per_batch,
+            progress=progress,
+        )
+        for length, stride in strides.items()
+    }
+
+
+def _truncated_input(scorer: Scorer, setting: Setting) -> Task | str:
+    num_targets = setting.config.num_targets
+    strides = protocols.input_strides(setting.longest, num_targets)
+    if len(strides) < 2:
+        return f"the longest windows, {setting.longest} tokens, are too short to cut"
+
+    def run(progress: Callable[[int], object]) -> Found:
+        losses = _sliding_losses(scorer, setting, strides, num_targets, progress)
+        entries = [
+            {"context": length, "least_context": length - strides[length] + 1, **level}
+            for length, level in setting.compared(losses).items()
+        ]
+        use = judgement.enough("uses_context_to", losses, setting.windows.document, setting.counts)
+        return {"truncated_input": entries}, use
+
+    costs = _sliding_costs(setting, strides, num_targets)
     return Task(len(setting.windows.tokens) * sum(costs.values()), run)
 
 
@@ -308,19 +357,12 @@ def _truncation(scorer: Scorer, setting: Setting) -> Task | str:
             )
             for window in windows
         }
-        document = setting.windows.document
-        levels = compared(
-            losses,
-            setting.longest,
-            document,
-            setting.counts,
-            bits_per_nat=setting.bits_per_nat,
-        )
         entries = [
             {"window": window, "length": setting.longest, **level}
-            for window, level in levels.items()
+            for window, level in setting.compared(losses).items()
         ]
-        return {"truncation": entries}, judgement.context_use(losses, document, setting.counts)
+        use = judgement.enough("layer_window", losses, setting.windows.document, setting.counts)
+        return {"truncation": entries}, use
 
     return Task(len(windows) * setting.windows.num_targets, run)
 

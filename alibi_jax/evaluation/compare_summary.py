@@ -255,7 +255,6 @@ def _verdict(
         if len(known) == len(values):
             span = "–".join(map(str, sorted({known[0], known[-1]})))
             verdict["text"] += f"; {words} " + (f"to {span}" if known[-1] else "nothing reliably")
-            verdict["text"] += " in every layer" if name == "uses_context_to" else ""
     return verdict
 
 

@@ -30,6 +30,16 @@ def uses(reach):
     return losses
 
 
+def layers_of(window_of_each, num_layers=2):
+    """`uses` by layers that each see their nearest keys, and what those saw in the layer below."""
+
+    def losses(tokens, window):
+        keys = window_of_each if window is None else min(window, window_of_each)
+        return uses(num_layers * (keys - 1) + 1)(tokens, None)
+
+    return losses
+
+
 def explodes(trained, rate=0.5):
     """A loss that rises with the log of the position beyond the trained length, as sinusoids do.
 

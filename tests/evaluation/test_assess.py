@@ -12,7 +12,7 @@ from alibi_jax.errors import UserError
 from alibi_jax.evaluation import EvaluationConfig, judgement, write_json
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
 from alibi_jax.evaluation.tables import evaluation_table
-from tests.evaluation.oracles import copies, explodes, remembers_pairs, scorer, uses
+from tests.evaluation.oracles import copies, explodes, layers_of, remembers_pairs, scorer, uses
 
 TRAINED = 64
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -65,10 +65,11 @@ def test_the_verdict_finds_what_was_planted(found):
     assert verdict["retrieves_to"] == 1024 and verdict["retrieves_to_interval"] == [1024, 1024]
     assert verdict["text"] == (
         "Holds to at least 1024 tokens [1024, 1024] (paired, within 1%), uses context to 64 tokens "
-        "[64, 64] in every layer, retrieves to at least 1024 tokens [1024, 1024]."
+        "[64, 64], retrieves to at least 1024 tokens [1024, 1024]."
     )
     assert verdict["holds_to_protocol"] == "fixed_targets"
-    assert verdict["uses_context_to_protocol"] == "truncation"
+    assert verdict["uses_context_to_protocol"] == "truncated_input"
+    assert verdict["layer_window"] == 64 and verdict["layer_window_protocol"] == "truncation"
     assert verdict["retrieves_to_protocol"] == "needle"
     # The nonoverlapping curve falls, by fewer tokens with little context alone.
     assert "nonoverlapping windows alone would mislead: at 1024" in verdict["warning"]
@@ -89,10 +90,37 @@ def test_every_protocol_is_there_and_is_json(found, tmp_path):
 
 @pytest.mark.parametrize("reach", [64, 128, 256])
 def test_truncated_on_purpose_is_found_to_use_so_much(reach):
-    verdict = evaluate(scorer(uses(reach)), wanted=("truncation",))["verdict"]
-    assert verdict["uses_context_to"] == reach
+    verdict = evaluate(scorer(uses(reach)), wanted=("truncated_input",))["verdict"]
+    assert verdict["uses_context_to"] == reach and verdict["layer_window"] is None
     assert verdict["holds_to"] is None and verdict["retrieves_to"] is None
-    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}] in every layer."
+    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}]."
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, 64), (2, 128), (3, 256)])
+def test_layers_of_a_window_use_an_input_as_long_as_all_of_them(layers, expected):
+    """N windows of 64 keys reach 63 N tokens back: with the token itself 64, 127 and 190."""
+    found = evaluate(scorer(layers_of(64, layers)), wanted=("truncated_input", "truncation"))
+    assert found["verdict"]["layer_window"] == 64
+    assert found["verdict"]["layer_window_interval"] == [64, 64]
+    assert found["verdict"]["uses_context_to"] == expected
+    assert found["verdict"]["uses_context_to_interval"] == [expected, expected]
+    table = evaluation_table(found)
+    assert f"Uses context to {expected} tokens" in table
+    assert "No layer needs more than its nearest 64 keys [64, 64]." in table
+
+
+def test_a_truncated_input_has_little_less_context_than_it_says(found):
+    entries = found["protocols"]["truncated_input"]
+    assert [entry["context"] for entry in entries] == [32, 64, 128, 256, 512, 1024]
+    assert [entry["least_context"] for entry in entries] == [31, 61, 121, 241, 497, 1009]
+    # 0.05 nats for each doubling to 64 tokens.
+    seen = {32: np.arange(31, 33), 64: np.arange(61, 65)}
+    for entry in entries:
+        lost = 0.05 * (6 - np.log2(seen.get(entry["context"], 64)).mean())
+        assert entry["change"] == pytest.approx(lost, abs=1e-6)
+    # The targets are those of the fixed targets at the longest length.
+    fixed = found["protocols"]["fixed_targets"][-1]
+    assert entries[-1]["nats_per_token"] == pytest.approx(fixed["nats_per_token"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.004, 64), (0.006, 1024)])
@@ -101,7 +129,7 @@ def test_context_that_gains_half_a_percent_is_used(gain, expected):
         return uses(64)(tokens, window) * (1 if window is None else 1 + gain)
 
     verdict = evaluate(scorer(losses), wanted=("truncation",))["verdict"]
-    assert verdict["uses_context_to"] == expected
+    assert verdict["layer_window"] == expected
 
 
 def test_windows_that_all_lose_to_a_shorter_one_are_not_used():
@@ -110,7 +138,7 @@ def test_windows_that_all_lose_to_a_shorter_one_are_not_used():
     def losses(tokens, window):
         return uses(64)(tokens, window) + (1.0 if window is None or window > 128 else 0.0)
 
-    assert evaluate(scorer(losses), wanted=("truncation",))["verdict"]["uses_context_to"] == 64
+    assert evaluate(scorer(losses), wanted=("truncation",))["verdict"]["layer_window"] == 64
 
 
 def test_an_exploding_loss_does_not_hold():
@@ -120,7 +148,7 @@ def test_an_exploding_loss_does_not_hold():
     assert verdict["warning"] is None
     assert verdict["text"].startswith(
         "Holds to 64 tokens [64, 64] (paired, within 1%), uses context to at most 32 tokens "
-        "[32, 32] in every layer (of 1024, where it does not hold), retrieves to at least 1024"
+        "[32, 32], retrieves to at least 1024"
     )
     rising = [entry["relative_change"] for entry in found["protocols"]["fixed_targets"]]
     assert all(np.diff(rising) > 0.1)
@@ -136,7 +164,7 @@ def test_infinities_are_null_and_no_crash(tmp_path):
     write_json(found, tmp_path / "evaluation.json")
     verdict = found["verdict"]
     assert verdict["holds_to"] == TRAINED
-    assert verdict["uses_context_to"] is None
+    assert verdict["layer_window"] is None and verdict["uses_context_to"] == 32
     assert found["protocols"]["by_position"]["entries"][-1]["nats_per_token"] is None
     assert "not finite" in evaluation_table(found)
 
@@ -240,7 +268,7 @@ def test_one_document_has_a_verdict_without_intervals():
     found = evaluate(scorer(), split_of(3000))
     assert found["verdict"]["holds_to_interval"] is None
     assert found["verdict"]["uses_context_to_interval"] is None
-    assert "uses context to 64 tokens in every layer, " in found["verdict"]["text"]
+    assert "uses context to 64 tokens, " in found["verdict"]["text"]
     assert found["verdict"]["warning"] is None
 
 
@@ -268,8 +296,8 @@ def test_changes_by_length_are_those_of_the_oracle(found):
     ("interval", "words"),
     [
         ([32, 32], "at most 32 tokens"),
-        ([32, 128], "Uses context to 32 tokens [32, 128] in every layer"),
-        (None, "at most 32 tokens in"),
+        ([32, 128], "Uses context to 32 tokens [32, 128]."),
+        (None, "at most 32 tokens."),
     ],
 )
 def test_a_bound_is_not_claimed_against_its_own_interval(interval, words):

@@ -15,6 +15,7 @@ from alibi_jax.evaluation import (
     supported_lengths,
     token_losses,
 )
+from alibi_jax.evaluation.protocols import input_strides, sliding_losses
 
 
 @dataclasses.dataclass
@@ -143,6 +144,42 @@ def test_every_token_is_scored_once_with_its_own_tile_as_context(length, tokens_
     for row in windows.tokens:
         for position, target in enumerate(row[1:].tolist()):
             assert contexts[target] == row[position - position % length]
+
+
+@pytest.mark.parametrize(("longest", "num_targets"), [(1024, 64), (96, 48), (128, 5), (512, 200)])
+def test_truncated_inputs_score_the_same_targets_with_nearly_all_of_their_context(
+    longest, num_targets
+):
+    split = split_of(longest + 1, 3 * longest)
+    windows = longest_windows(split, longest=longest, num_windows=3, packing="documents")
+    strides = input_strides(longest, num_targets)
+    lengths = list(strides)
+    assert lengths[:-1] == [32 << i for i in range(9) if 32 << i <= longest - num_targets]
+    assert lengths[-1] == longest
+    for length, stride in strides.items():
+        contexts, computed = {}, []
+
+        def loss_fn(tokens, contexts=contexts, stride=stride):
+            for row in tokens:
+                contexts.update((target, target - row[0]) for target in row[-stride:].tolist())
+            return tokens[:, 1:].astype(np.float32)
+
+        losses = sliding_losses(
+            loss_fn,
+            windows,
+            length,
+            stride=stride,
+            num_targets=num_targets,
+            tokens_per_batch=500,
+            progress=computed.append,
+        )
+        # A token is its own place.
+        np.testing.assert_array_equal(losses, windows.tokens[:, -num_targets:])
+        seen = [contexts[target] for target in losses.ravel()]
+        assert max(seen) == length and min(seen) >= length - stride + 1
+        if length < longest:
+            assert min(seen) > length * 15 / 16
+            assert sum(computed) <= len(windows.tokens) * (16 * num_targets + length)
 
 
 @pytest.mark.parametrize("batch_multiple", [1, 8])

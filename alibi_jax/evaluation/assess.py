@@ -224,7 +224,7 @@ def _of_windows(scorer: Scorer, setting: Setting) -> Task:
         found = {
             "nonoverlapping": whole_entries,
             "fixed_targets": fixed_entries,
-            "by_position": _by_position(losses[setting.longest], setting),
+            "by_position": _by_position(losses, setting),
         }
         verdict = judgement.holding(
             whole_entries,
@@ -238,21 +238,28 @@ def _of_windows(scorer: Scorer, setting: Setting) -> Task:
     return Task(len(setting.lengths) * windows.num_targets, run)
 
 
-def _by_position(losses: np.ndarray, setting: Setting) -> dict[str, Any]:
-    """Mean losses over ranges of positions, two an octave, in windows of the longest length.
+def _by_position(losses: dict[int, np.ndarray], setting: Setting) -> dict[str, Any]:
+    """Mean losses over ranges of positions, two an octave.
 
-    Texts differ between positions, so small bumps are of the text.
+    A range is averaged over all windows of the shortest length that holds it: at the training
+    length over as many texts as there are tiles. Only the farthest positions are of one text for
+    each of the longest windows; where texts differ, small bumps are of the text.
     """
     starts = protocols.position_starts(setting.longest, setting.train_length)
     ranges = list(itertools.pairwise((*starts, setting.longest)))
     document = setting.windows.document
 
     def entry(start: int, stop: int) -> dict[str, Any]:
-        nats = document_sums(losses[:, start:stop], document)
-        tokens = document_sums(np.ones_like(losses[:, start:stop]), document)
+        length = next(length for length in setting.lengths if length >= stop)
+        tiles = losses[length].reshape(len(document), -1, length)[:, :, start:stop]
+        at_these = tiles.reshape(len(document), -1)
+        nats = document_sums(at_these, document)
+        tokens = document_sums(np.ones_like(at_these), document)
         return {
             "start": start,
             "stop": stop,
+            "length": length,
+            "num_tokens": at_these.size,
             "nats_per_token": ratio(nats, tokens),
             "interval": interval(nats, tokens, setting.counts),
             "bits_per_byte": ratio(nats * setting.bits_per_nat, tokens),

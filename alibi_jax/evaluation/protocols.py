@@ -14,7 +14,8 @@ protocols of the literature are two means of this one array:
   `num_targets` positions. Those tokens end a tile at every length, so only the amount of context
   before them differs and lengths are compared in pairs.
 
-By position is a third: the means of `losses[longest]` over ranges of positions.
+By position is a third: means over ranges of positions within a tile, each at the shortest L that
+holds the range, where most tiles have it.
 
 Three more protocols score with other contexts:
 

@@ -96,7 +96,8 @@ def _positions(by_position: Any, found: Mapping[str, Any]) -> list[str]:
     shown = entries[::-step][::-1]
     starts = "".join(f"{entry['start']:>8}" for entry in shown)
     values = "".join(f"{_or('{:.3f}'.format, entry['bits_per_byte']):>8}" for entry in shown)
-    return [f"position{starts}", f"bits/byte{values[1:]}"]
+    title = "loss from each position on, in all windows of the shortest length that holds it"
+    return [title, f"position{starts}", f"bits/byte{values[1:]}"]
 
 
 def _truncated_input(entries: Any, found: Mapping[str, Any]) -> list[str]:

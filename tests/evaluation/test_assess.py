@@ -9,10 +9,18 @@ import pytest
 
 from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation import EvaluationConfig, judgement, write_json
+from alibi_jax.evaluation import EvaluationConfig, judgement, longest_windows, write_json
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
 from alibi_jax.evaluation.tables import evaluation_table
-from tests.evaluation.oracles import copies, explodes, layers_of, remembers_pairs, scorer, uses
+from tests.evaluation.oracles import (
+    base,
+    copies,
+    explodes,
+    layers_of,
+    remembers_pairs,
+    scorer,
+    uses,
+)
 
 TRAINED = 64
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -245,6 +253,39 @@ def test_loss_by_position_is_that_of_the_oracle(found):
     assert TRAINED in [entry["start"] for entry in entries]
     first = entries[0]["nats_per_token"]
     assert first - entries[-1]["nats_per_token"] == pytest.approx(0.05 * 6, abs=0.15)
+    assert [(a["stop"], a["length"]) for a in entries if a["stop"] in LENGTHS] == [
+        (length, length) for length in LENGTHS
+    ]
+
+
+def test_early_positions_are_means_over_all_tiles_of_the_shortest_length(found):
+    """7 windows of 1024 tokens are 112 tiles of 64, so a position is that of 112 texts."""
+    text = longest_windows(BOOKS, longest=1024, num_windows=8, packing="documents").tokens[:, 1:]
+    cost = (2 + (text % 50) / 50).reshape(7, -1)
+    for entry in found["protocols"]["by_position"]["entries"]:
+        start, stop, length = entry["start"], entry["stop"], entry["length"]
+        assert length == min(n for n in LENGTHS if n >= stop)
+        places = [at for at in range(1024) if start <= at % length < stop]
+        gained = 0.05 * np.log2(np.minimum(1 + np.array(places) % length, 64))
+        expected = (cost[:, places] - gained).mean()
+        assert entry["num_tokens"] == 7 * len(places)
+        assert entry["nats_per_token"] == pytest.approx(expected, rel=1e-6)
+        assert entry["interval"][0] < expected < entry["interval"][1]
+
+
+def test_the_curve_by_position_has_no_noise_of_the_text_at_the_training_length():
+    """Every sixteenth stretch of 64 tokens is cheap, at the same place in each longest window."""
+    place = np.arange(16 * 1025) % 1025
+    cheap = Split(np.where((place - 1) // 64 == 0, 100, 149), np.arange(17) * 1025)
+    model = scorer(lambda tokens, window: base(tokens))
+    config = dataclasses.replace(CONFIG, num_windows=16)
+    entries = evaluate(model, cheap, config=config, wanted=("by_position",))["protocols"][
+        "by_position"
+    ]["entries"]
+    within = [entry["nats_per_token"] for entry in entries if entry["stop"] <= 64]
+    assert np.ptp(within) < 1e-6
+    # One tile of sixteen is cheap: 2 nats in place of 2.98.
+    assert within[0] == pytest.approx((2 + 15 * 2.98) / 16, rel=1e-6)
 
 
 def test_what_the_data_cannot_serve_is_left_out_with_a_reason():

@@ -25,7 +25,7 @@ import numpy as np
 from alibi_jax.evaluation.bootstrap import document_sums, interval_of_a_length
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.retrieval import retrieves_to
-from alibi_jax.evaluation.verdict import TOLERANCE, Entry, percent, relative_change, verdict
+from alibi_jax.evaluation.verdict import TOLERANCE, Entry, relative_change, verdict
 
 CONTEXT_TOLERANCE = 0.005  # context beyond is not used if it lowers the loss by less than this
 
@@ -105,43 +105,40 @@ def holding(
         "holds_to": found["holds_to"] if known else None,
         "holds_to_interval": interval if known else None,
         "details": found["text"],
-        "warning": warning(nonoverlapping, fixed_targets, found["compared_at"]),
+        "warning": warning(nonoverlapping, fixed_targets),
     }
 
 
-def warning(
-    nonoverlapping: list[Entry], fixed_targets: list[Entry], length: int | None
-) -> str | None:
-    """Say where the nonoverlapping curve alone would mislead; None where it would not.
-
-    It does where it falls, while longer context gains nothing that can be measured on fixed
-    targets, or less than half of it for sure (the far end of the interval): what remains is fewer
-    tokens near the start of a window.
+def warning(nonoverlapping: list[Entry], fixed_targets: list[Entry]) -> str | None:
+    """Name the longest length where the nonoverlapping curve alone would mislead; None: none.
 
     Args:
-        nonoverlapping: Entries by length.
-        fixed_targets: Entries by length.
-        length: The longest length to which the loss holds, beyond the training length or just
-            beyond that; None: there is none.
+        nonoverlapping: Entries by length, the training length first.
+        fixed_targets: Entries of the same lengths.
     """
-    if length is None:
-        return None
-    whole, fixed = (
-        next(entry for entry in entries if entry["length"] == length)
-        for entries in (nonoverlapping, fixed_targets)
-    )
-    change, relative = whole["change"], whole["relative_change"]
-    whole_interval, fixed_interval = whole["change_interval"], fixed["change_interval"]
-    if change is None or relative is None or whole_interval is None or fixed_interval is None:
-        return None
-    falls, gains = whole_interval[1] < 0, fixed_interval[1] < 0
-    if not falls or (gains and -fixed_interval[0] > -change / 2):
+    pairs = list(zip(nonoverlapping, fixed_targets, strict=True))[1:]
+    whole, fixed = next((pair for pair in reversed(pairs) if _misleads(*pair)), (None, None))
+    if whole is None or fixed is None:
         return None
     return (
-        f"nonoverlapping windows alone would mislead: at {length} tokens their loss changes by "
-        f"{percent(relative)}, but on the same targets longer context changes it "
+        f"nonoverlapping windows alone would mislead: at {whole['length']} tokens their loss "
+        f"changes by {relative_change(whole)}, but on the same targets longer context changes it "
         f"by {relative_change(fixed)}."
     )
+
+
+def _misleads(whole: Entry, fixed: Entry) -> bool:
+    """Say whether fewer tokens near the start of a window make most of a gain.
+
+    They do where the nonoverlapping curve falls, while longer context gains nothing that can be
+    measured on fixed targets, or less than half of it for sure (the far end of the interval).
+    """
+    change = whole["change"]
+    whole_interval, fixed_interval = whole["change_interval"], fixed["change_interval"]
+    if change is None or whole_interval is None or fixed_interval is None:
+        return False
+    falls, gains = whole_interval[1] < 0, fixed_interval[1] < 0
+    return falls and not (gains and -fixed_interval[0] > -change / 2)
 
 
 # The protocol behind each length of the verdict.

@@ -57,7 +57,7 @@ def verdict(
     Args:
         nonoverlapping: Entries by length; the first is the training length.
         fixed_targets: Entries by length, likewise.
-        unit: What the intervals resample: "document" or "piece".
+        unit: What the intervals resample: "document" or "block".
         num_documents: How many of them there are.
 
     Returns:

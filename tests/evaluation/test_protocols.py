@@ -15,6 +15,7 @@ from alibi_jax.evaluation import (
     supported_lengths,
     token_losses,
 )
+from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
 from alibi_jax.evaluation.protocols import input_strides, sliding_losses
 
 
@@ -76,11 +77,42 @@ def test_windows_are_spread_evenly_over_documents_and_within_one():
     assert starts(longest_windows(one, longest=10, num_windows=2, packing="documents")) == [20, 70]
 
 
-def test_stream_windows_cross_documents_and_are_their_own_units():
+def test_stream_windows_cross_documents():
     windows = longest_windows(split_of(*[7] * 10), longest=20, num_windows=9, packing="stream")
     assert starts(windows) == [0, 20, 40]  # 70 tokens hold 3 windows of 20 targets
     assert windows.document.tolist() == [0, 1, 2]
-    assert windows.unit == "piece"
+    assert windows.unit == "block"
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "sizes"),
+    [(1, [1]), (2, [1, 1]), (7, 7 * [1]), (8, 4 * [2]), (26, 13 * [2]), (64, 16 * [4])],
+)
+def test_blocks_of_a_stream_hold_the_cube_root_of_all_its_windows(num_windows, sizes):
+    split = split_of(64 * 20 + 1)
+    windows = longest_windows(split, longest=20, num_windows=num_windows, packing="stream")
+    assert np.bincount(windows.document).tolist() == sizes
+    assert (np.diff(windows.document) >= 0).all()  # consecutive
+
+
+def test_blocks_cover_the_mean_of_a_stream_better_than_single_pieces():
+    """Losses of neighbours correlate by a half: an article often ends in the piece after."""
+    rng, pieces = np.random.default_rng(0), 27
+    blocks = longest_windows(
+        split_of(pieces * 20 + 1), longest=20, num_windows=pieces, packing="stream"
+    ).document
+    covered = {"blocks": 0, "pieces": 0}
+    counts = {n: resamples(n, 400) for n in (9, pieces)}
+    for _ in range(500):
+        noise = rng.normal(size=pieces + 1)
+        losses = (2 + noise[1:] + noise[:-1])[:, None]
+        for name, document in (("blocks", blocks), ("pieces", np.arange(pieces))):
+            nats = document_sums(losses, document)
+            tokens = document_sums(np.ones_like(losses), document)
+            low, high = interval(nats, tokens, counts[len(nats)])
+            covered[name] += low <= 2 <= high
+    assert covered["blocks"] >= 0.9 * 500
+    assert covered["pieces"] <= 0.87 * 500
 
 
 def test_text_without_a_single_window_is_refused():

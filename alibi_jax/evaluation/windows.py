@@ -10,6 +10,7 @@ import numpy as np
 from alibi_jax.errors import UserError
 
 _MIN_UNITS = 2  # fewer documents give no interval
+_CUT = 3  # bytes of a UTF-8 character without its first, or its last
 
 
 class TokenizedDocuments(Protocol):
@@ -143,12 +144,24 @@ def _blocks(num_pieces: int) -> np.ndarray:
 def bytes_per_token(windows: Windows, decode: Callable[[np.ndarray], str]) -> float:
     """Measure UTF-8 bytes per target of the windows, which turns nats per token into bits per byte.
 
+    A character that the edge of a window cuts cannot be decoded: neither its bytes count nor its
+    tokens.
+
     Args:
         windows: The windows that are scored.
-        decode: Text of token ids [n].
+        decode: Text of token ids [n]; invalid UTF-8 becomes U+FFFD.
     """
-    targets = windows.tokens[:, 1:]
-    return sum(len(decode(row).encode()) for row in targets) / targets.size
+    rows = [_whole_characters(row, decode) for row in windows.tokens[:, 1:]]
+    return sum(len(decode(row).encode()) for row in rows) / sum(map(len, rows))
+
+
+def _whole_characters(tokens: np.ndarray, decode: Callable[[np.ndarray], str]) -> np.ndarray:
+    """Leave out what an edge may cut off from a character: up to three tokens on either side."""
+    for _ in range(_CUT):
+        tokens = tokens[1:] if decode(tokens[: 2 * _CUT]).startswith("\ufffd") else tokens
+    for _ in range(_CUT):
+        tokens = tokens[:-1] if decode(tokens[-2 * _CUT :]).endswith("\ufffd") else tokens
+    return tokens
 
 
 def _unit(packing: str) -> str:

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file, train_bpe
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import (
     Windows,
+    bytes_per_token,
     evaluate,
     longest_windows,
     supported_lengths,
@@ -232,6 +234,26 @@ def test_each_length_compiles_once_and_bounds_the_batch(batch_multiple):
         np.testing.assert_array_equal(values, windows.tokens[:, 1:])
     expected = {1: [8, 4, 2], 8: [8, 8, 8]}[batch_multiple]
     assert shapes == [(rows, n + 1) for rows, n in zip(expected, (16, 32, 64), strict=True)]
+
+
+@pytest.mark.parametrize("length", [16, 17, 18, 19])
+@pytest.mark.parametrize("character", ["a", "é", "€", "𝄞", "a€b𝄞", "a\ufffd"])
+def test_a_byte_is_a_byte_wherever_windows_cut_a_character(length, character):
+    tokens = ByteTokenizer().encode_batch([200 * character])[0]
+    rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1).astype(np.int32)
+    for row in rows[:16]:  # from every byte of a character
+        windows = Windows(row[None], np.zeros(1, np.int64), "document")
+        assert bytes_per_token(windows, ByteTokenizer().decode) == 1
+
+
+def test_bytes_per_token_are_those_of_the_text_and_separators_have_none(tmp_path):
+    text = "the key is ålså 12 34 the the ab " * 9
+    train_bpe(iter([text]), 280, tmp_path / "bpe.json")
+    bpe = load_tokenizer_file(tmp_path / "bpe.json")
+    ids = bpe.encode_batch([text])[0]
+    row = np.array([bpe.separator, *ids, bpe.separator], np.int32)[None]
+    windows = Windows(row, np.zeros(1, np.int64), "document")
+    assert bytes_per_token(windows, bpe.decode) == len(text.encode()) / (len(ids) + 1)
 
 
 def test_few_tiles_do_not_make_a_large_batch():

@@ -46,6 +46,7 @@ class Scorer(NamedTuple):
     attention_mass: MassFn  # f32[layers, B, H, edges + 1] of int32[B, L], edges and a number
     # f32[H] or f32[layers, H] in rows of so many tokens; None: no linear bias.
     slopes: Callable[[int], np.ndarray | None]
+    sink: bool = False  # whether the first key of a row is at distance 0 from all
 
 
 # What a protocol adds: to "protocols" and to "verdict".
@@ -57,6 +58,7 @@ class Task(NamedTuple):
 
     num_tokens: int  # that it computes
     run: Callable[[Callable[[int], object]], Found]  # called with a bar's update
+    left_out: str | None = None  # what it does not do, and why
 
 
 class Setting(NamedTuple):
@@ -159,6 +161,7 @@ def assess(
             left_out.append(f"{name} left out: {task}")
         else:
             tasks.append(task)
+            left_out += [task.left_out] if task.left_out else []
     for line in left_out:
         say(line)
     if not tasks:
@@ -375,8 +378,12 @@ def _truncation(scorer: Scorer, setting: Setting) -> Task | str:
 
 
 def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
-    fitting = [n for n in setting.lengths if n <= setting.config.tokens_per_batch]
-    length = fitting[-1]
+    at_once = setting.config.tokens_per_batch
+    length = max(length for length in setting.lengths if length <= at_once)
+    note = (
+        f"attention_mass is of {length} tokens, not {setting.longest}: it reads a window at once, "
+        f"and config.evaluation.tokens_per_batch is {at_once}"
+    )
 
     def run(progress: Callable[[int], object]) -> Found:
         mass = attention_mass(
@@ -386,12 +393,14 @@ def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
             num_queries=setting.config.num_targets,
             num_bootstrap=setting.config.num_bootstrap,
             slopes=scorer.slopes(length),
+            sink=scorer.sink,
             tokens_per_batch=setting.config.tokens_per_batch,
             progress=progress,
         )
         return {"attention_mass": mass}, {}
 
-    return Task(len(setting.windows.tokens) * length, run)
+    cost = len(setting.windows.tokens) * length
+    return Task(cost, run, note if length < setting.longest else None)
 
 
 def _needle(scorer: Scorer, setting: Setting) -> Task | str:

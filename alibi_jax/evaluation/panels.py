@@ -150,7 +150,7 @@ def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
     _thin_ticks(axes, mass["length"], axis="y")
     axes.set_xlabel("head")
     axes.set_ylabel("nearest keys (tokens)")
-    sloped_title = "; line: slope alone" if any(head["slope_keys"] for head in heads) else ""
+    sloped_title = "; line: bias alone" if any(head["slope_keys"] for head in heads) else ""
     axes.set_title(f"share of attention{sloped_title}")
     most = max(head["head"] for head in heads) + 1
     axes.set_xticks(range(1, most + 1, -(-most // 12)))

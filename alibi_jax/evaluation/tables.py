@@ -133,7 +133,7 @@ def _mass(mass: Any, found: Mapping[str, Any]) -> list[str]:
         of_slope = head["slope_keys"] and head["slope_keys"][index]
         slope_keys.setdefault(head["head"], []).append(of_slope)
     lines = [f"keys that hold 90% of attention at {mass['length']}, by head (median over layers)"]
-    for name, by_head in (("measured", keys), ("slope alone", slope_keys)):
+    for name, by_head in (("measured", keys), ("bias alone", slope_keys)):
         row = [_median(of_layers) for of_layers in by_head.values()]
         if set(row) != {"-"}:
             lines += textwrap.wrap(

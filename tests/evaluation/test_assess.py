@@ -235,6 +235,33 @@ def test_attention_of_the_slope_alone_has_the_slopes_quantiles(found):
             assert keys == pytest.approx(math.log(1 - p) / -slope, rel=0.05, abs=0.3)
 
 
+def test_a_sink_is_part_of_what_the_bias_alone_has():
+    """With slope 1/2 the sink has 1 / (1 + 2.54) of all attention: 28%, so that 90% need all keys.
+
+    With slope 1/64 it has 1.5%, and 99% need all keys.
+    """
+    mass = evaluate(scorer(sink=True), wanted=("attention_mass",))["protocols"]["attention_mass"]
+    assert mass["sink"]
+    steep, flat = mass["heads"][:2]
+    assert steep["slope_keys"] == [3, 1024, 1024]
+    assert flat["slope_keys"][2] == 1024 > flat["slope_keys"][1] > math.log(10) * 64
+    for head in (steep, flat):
+        # Edges are a quarter octave apart, and the sink is beyond the last.
+        for keys, expected in zip(head["keys"], head["slope_keys"], strict=True):
+            assert expected / 2**0.25 - 1 <= keys <= 1.05 * expected + 0.3
+
+
+def test_attention_is_read_at_the_longest_length_that_is_computed_at_once_and_says_so():
+    said = []
+    config = dataclasses.replace(CONFIG, tokens_per_batch=300)
+    found = evaluate(scorer(), config=config, wanted=("attention_mass",), say=said.append)
+    assert found["protocols"]["attention_mass"]["length"] == 256
+    assert found["left_out"] == said and len(said) == 1
+    assert said[0].startswith(
+        "attention_mass is of 256 tokens, not 1024: it reads a window at once"
+    )
+
+
 def test_sliding_windows_score_the_same_targets_with_little_less_context(found):
     entries = found["protocols"]["sliding_window"]
     assert [entry["length"] for entry in entries] == [64, 128, 256, 512]

@@ -65,6 +65,8 @@ def test_slopes_are_those_of_the_layers():
     assert slopes_of(decoder_of("rotary"), 64) is None
     some = slopes_of(decoder_of("alibi", alibi_heads=1, sink=True), 64)
     np.testing.assert_array_equal(some, [[slopes(1)[0], 0]] * 2)
+    assert make_scorer(decoder_of("alibi", sink=True), 64).sink
+    assert not make_scorer(decoder_of("alibi"), 64).sink
     dynamic = decoder_of("alibi", length_scaling="dynamic", trained_length=16)
     np.testing.assert_allclose(slopes_of(dynamic, 64), np.tile(slopes(2) / 4, (2, 1)), rtol=1e-6)
 

@@ -31,4 +31,4 @@ def test_keys_are_medians_over_the_layers_where_they_are_known():
     rows = table_of({"attention_mass": mass}).splitlines()
     # Of 4 and 9, and of 2 and 8: halfway.
     assert rows[1].split() == ["measured", "6", "-"]
-    assert rows[2].split() == ["slope", "alone", "5", "-"]
+    assert rows[2].split() == ["bias", "alone", "5", "-"]

@@ -113,6 +113,10 @@ def tiny(config: Config) -> Config:
         optimizer=dataclasses.replace(config.optimizer, learning_rate=2e-3, warmup_steps=20),
         training=TrainingConfig(num_steps=100, checkpoint_every=50, validate_every=50),
         evaluation=EvaluationConfig(
-            multiples=(1, 2, 4), split="valid", num_windows=8, tokens_per_batch=2048
+            multiples=(1, 2, 4),
+            split="valid",
+            num_windows=8,
+            num_targets=32,
+            tokens_per_batch=2048,
         ),
     )

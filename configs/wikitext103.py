@@ -126,6 +126,10 @@ def tiny(config: Config) -> Config:
             validate_every=50,
         ),
         evaluation=EvaluationConfig(
-            multiples=(1, 2, 4), split="valid", num_windows=8, tokens_per_batch=1024
+            multiples=(1, 2, 4),
+            split="valid",
+            num_windows=8,
+            num_targets=32,
+            tokens_per_batch=1024,
         ),
     )

@@ -297,10 +297,10 @@ def test_what_is_sharded_must_divide():
     model = DecoderConfig(embed_dim=64, adaptive_cutoffs=(20, 60))
     refused("width 4, of the last band, do not divide over 8", sharded(model, fsdp=8), 8)
     sharded(model, fsdp=4)(8)
-    odd = dataclasses.replace(Config(), data=DataConfig(sequence_length=100))
+    odd = dataclasses.replace(Config(), data=DataConfig(sequence_length=132))
     odd = dataclasses.replace(odd, mesh=MeshConfig(context=8))
     refused(
-        "sequence_length=100 .* 8 devices of the context axis: use a multiple of 8", odd.validate, 8
+        "sequence_length=132 .* 8 devices of the context axis: use a multiple of 8", odd.validate, 8
     )
     for options in ({"position": "forgetting"}, {"sink": True}):
         refused("mesh.context=8 divides", sharded(DecoderConfig(**options), context=8), 8)

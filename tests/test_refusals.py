@@ -91,7 +91,7 @@ VALUES = [
     ("evaluation.multiples=2,4", "must start with 1, the training length"),
     ("evaluation.multiples=1,2,3", "has 3 after 2: each must be a larger multiple"),
     ("evaluation.split=train", "must be one of valid, test"),
-    ("evaluation.num_targets=17", "must be at least 1 and at most the training length, 16"),
+    ("evaluation.num_targets=9", "must be at least 1 and at most 8, half the training length"),
     ("evaluation.tokens_per_batch=16", "is less than one window of 32 tokens: raise it"),
     ("evaluation.num_bootstrap=10", "must be at least 100 for a 95% interval"),
     # mesh

@@ -16,7 +16,7 @@ from alibi_jax.evaluation.config import EvaluationConfig
 from alibi_jax.evaluation.protocols import WindowedLossFn
 from alibi_jax.evaluation.reach import MassFn, attention_mass
 from alibi_jax.evaluation.report import by_length, compared, ratio
-from alibi_jax.evaluation.verdict import Entry
+from alibi_jax.evaluation.verdict import Entry, Level
 from alibi_jax.evaluation.windows import (
     TokenizedDocuments,
     Windows,
@@ -30,6 +30,7 @@ PROTOCOLS = (
     "fixed_targets",
     "sliding_window",
     "by_position",
+    "truncated_input",
     "truncation",
     "attention_mass",
     "needle",
@@ -46,6 +47,7 @@ class Scorer(NamedTuple):
     attention_mass: MassFn  # f32[layers, B, H, edges + 1] of int32[B, L], edges and a number
     # f32[H] or f32[layers, H] in rows of so many tokens; None: no linear bias.
     slopes: Callable[[int], np.ndarray | None]
+    sink: bool = False  # whether the first key of a row is at distance 0 from all
 
 
 # What a protocol adds: to "protocols" and to "verdict".
@@ -57,6 +59,7 @@ class Task(NamedTuple):
 
     num_tokens: int  # that it computes
     run: Callable[[Callable[[int], object]], Found]  # called with a bar's update
+    left_out: str | None = None  # what it does not do, and why
 
 
 class Setting(NamedTuple):
@@ -85,6 +88,16 @@ class Setting(NamedTuple):
         return by_length(
             losses,
             self.train_length,
+            self.windows.document,
+            self.counts,
+            bits_per_nat=self.bits_per_nat,
+        )
+
+    def compared(self, losses: dict[int, np.ndarray]) -> dict[int, Level]:
+        """Levels of losses [N, P] in each setting, compared with all of the longest windows."""
+        return compared(
+            losses,
+            self.longest,
             self.windows.document,
             self.counts,
             bits_per_nat=self.bits_per_nat,
@@ -156,6 +169,7 @@ def assess(
             left_out.append(f"{name} left out: {task}")
         else:
             tasks.append(task)
+            left_out += [task.left_out] if task.left_out else []
     for line in left_out:
         say(line)
     if not tasks and not measured:
@@ -194,6 +208,7 @@ def _tasks(
         yield "windows", _of_windows(scorer, setting)
     makers = {
         "sliding_window": _sliding_window,
+        "truncated_input": _truncated_input,
         "truncation": _truncation,
         "attention_mass": _attention_mass,
         "needle": _needle,
@@ -224,7 +239,7 @@ def _of_windows(scorer: Scorer, setting: Setting) -> Task:
         found = {
             "nonoverlapping": whole_entries,
             "fixed_targets": fixed_entries,
-            "by_position": _by_position(losses[setting.longest], setting),
+            "by_position": _by_position(losses, setting),
         }
         verdict = judgement.holding(
             whole_entries,
@@ -238,21 +253,28 @@ def _of_windows(scorer: Scorer, setting: Setting) -> Task:
     return Task(len(setting.lengths) * windows.num_targets, run)
 
 
-def _by_position(losses: np.ndarray, setting: Setting) -> dict[str, Any]:
-    """Mean losses over ranges of positions, two an octave, in windows of the longest length.
+def _by_position(losses: dict[int, np.ndarray], setting: Setting) -> dict[str, Any]:
+    """Mean losses over ranges of positions, two an octave.
 
-    Texts differ between positions, so small bumps are of the text.
+    A range is averaged over all windows of the shortest length that holds it: at the training
+    length over as many texts as there are tiles. Only the farthest positions are of one text for
+    each of the longest windows; where texts differ, small bumps are of the text.
     """
     starts = protocols.position_starts(setting.longest, setting.train_length)
     ranges = list(itertools.pairwise((*starts, setting.longest)))
     document = setting.windows.document
 
     def entry(start: int, stop: int) -> dict[str, Any]:
-        nats = document_sums(losses[:, start:stop], document)
-        tokens = document_sums(np.ones_like(losses[:, start:stop]), document)
+        length = next(length for length in setting.lengths if length >= stop)
+        tiles = losses[length].reshape(len(document), -1, length)[:, :, start:stop]
+        at_these = tiles.reshape(len(document), -1)
+        nats = document_sums(at_these, document)
+        tokens = document_sums(np.ones_like(at_these), document)
         return {
             "start": start,
             "stop": stop,
+            "length": length,
+            "num_tokens": at_these.size,
             "nats_per_token": ratio(nats, tokens),
             "interval": interval(nats, tokens, setting.counts),
             "bits_per_byte": ratio(nats * setting.bits_per_nat, tokens),
@@ -271,35 +293,72 @@ def _sliding_window(scorer: Scorer, setting: Setting) -> Task | str:
             f"its targets are the second half of the longest windows, {setting.longest} tokens: "
             f"these must be at least 4 times the training length, {setting.train_length}"
         )
+    num_targets = setting.longest // 2
     strides = {length: max(1, length // setting.config.overlap) for length in lengths}
-    costs = {
-        length: len(protocols.sliding_ends(setting.longest, stride)) * length
-        for length, stride in strides.items()
-    }
+    costs = _sliding_costs(setting, strides, num_targets)
 
     def run(progress: Callable[[int], object]) -> Found:
-        losses = {
-            length: protocols.sliding_losses(
-                lambda tokens: scorer.losses(tokens, None),
-                setting.windows,
-                length,
-                stride=strides[length],
-                tokens_per_batch=setting.config.tokens_per_batch,
-                progress=progress,
-            )
-            for length in lengths
-        }
+        losses = _sliding_losses(scorer, setting, strides, num_targets, progress)
         entries = [
             {
                 **entry,
                 "stride": strides[entry["length"]],
                 # Tokens computed for each that is scored.
-                "cost": costs[entry["length"]] / (setting.longest // 2),
+                "cost": costs[entry["length"]] / num_targets,
             }
             for entry in setting.by_length(losses)
         ]
         return {"sliding_window": entries}, {}
 
+    return Task(len(setting.windows.tokens) * sum(costs.values()), run)
+
+
+def _sliding_costs(setting: Setting, strides: dict[int, int], num_targets: int) -> dict[int, int]:
+    """Tokens computed for one of the longest windows, by length of a sliding window."""
+    return {
+        length: len(protocols.sliding_ends(setting.longest, stride, num_targets)) * length
+        for length, stride in strides.items()
+    }
+
+
+def _sliding_losses(
+    scorer: Scorer,
+    setting: Setting,
+    strides: dict[int, int],
+    num_targets: int,
+    progress: Callable[[int], object],
+) -> dict[int, np.ndarray]:
+    """Losses [N, num_targets] of the same targets, by length of a sliding window."""
+    return {
+        length: protocols.sliding_losses(
+            lambda tokens: scorer.losses(tokens, None),
+            setting.windows,
+            length,
+            stride=stride,
+            num_targets=num_targets,
+            tokens_per_batch=setting.config.tokens_per_batch,
+            progress=progress,
+        )
+        for length, stride in strides.items()
+    }
+
+
+def _truncated_input(scorer: Scorer, setting: Setting) -> Task | str:
+    num_targets = setting.config.num_targets
+    strides = protocols.input_strides(setting.longest, num_targets)
+    if len(strides) < 2:
+        return f"the longest windows, {setting.longest} tokens, are too short to cut"
+
+    def run(progress: Callable[[int], object]) -> Found:
+        losses = _sliding_losses(scorer, setting, strides, num_targets, progress)
+        entries = [
+            {"context": length, "least_context": length - strides[length] + 1, **level}
+            for length, level in setting.compared(losses).items()
+        ]
+        use = judgement.enough("uses_context_to", losses, setting.windows.document, setting.counts)
+        return {"truncated_input": entries}, use
+
+    costs = _sliding_costs(setting, strides, num_targets)
     return Task(len(setting.windows.tokens) * sum(costs.values()), run)
 
 
@@ -320,26 +379,23 @@ def _truncation(scorer: Scorer, setting: Setting) -> Task | str:
             )
             for window in windows
         }
-        document = setting.windows.document
-        levels = compared(
-            losses,
-            setting.longest,
-            document,
-            setting.counts,
-            bits_per_nat=setting.bits_per_nat,
-        )
         entries = [
             {"window": window, "length": setting.longest, **level}
-            for window, level in levels.items()
+            for window, level in setting.compared(losses).items()
         ]
-        return {"truncation": entries}, judgement.context_use(losses, document, setting.counts)
+        use = judgement.enough("layer_window", losses, setting.windows.document, setting.counts)
+        return {"truncation": entries}, use
 
     return Task(len(windows) * setting.windows.num_targets, run)
 
 
 def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
-    fitting = [n for n in setting.lengths if n <= setting.config.tokens_per_batch]
-    length = fitting[-1]
+    at_once = setting.config.tokens_per_batch
+    length = max(length for length in setting.lengths if length <= at_once)
+    note = (
+        f"attention_mass is of {length} tokens, not {setting.longest}: it reads a window at once, "
+        f"and config.evaluation.tokens_per_batch is {at_once}"
+    )
 
     def run(progress: Callable[[int], object]) -> Found:
         mass = attention_mass(
@@ -349,12 +405,14 @@ def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
             num_queries=setting.config.num_targets,
             num_bootstrap=setting.config.num_bootstrap,
             slopes=scorer.slopes(length),
+            sink=scorer.sink,
             tokens_per_batch=setting.config.tokens_per_batch,
             progress=progress,
         )
         return {"attention_mass": mass}, {}
 
-    return Task(len(setting.windows.tokens) * length, run)
+    cost = len(setting.windows.tokens) * length
+    return Task(cost, run, note if length < setting.longest else None)
 
 
 def _needle(scorer: Scorer, setting: Setting) -> Task | str:

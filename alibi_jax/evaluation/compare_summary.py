@@ -19,7 +19,7 @@ PROTOCOLS = ("nonoverlapping", "fixed_targets")
 MEANINGS = {
     "nats_per_token": "mean over seeds",
     "interval": "95%, Student's t over seeds with n - 1 degrees of freedom; none with one seed",
-    "document_interval": "95%, percentile bootstrap over held-out documents of the mean over the "
+    "document_interval": "95%, bootstrap over held-out documents of the mean over the "
     "seeds that were trained; it says nothing about other seeds",
     "difference": "mean over seeds of the method minus the reference (a leader: minus the next), "
     "nats per token, paired: equal seeds (so equal initial parameters and order of the data) and "
@@ -321,7 +321,6 @@ def _verdict(
         if len(known) == len(values):
             span = "–".join(map(str, sorted({known[0], known[-1]})))
             verdict["text"] += f"; {words} " + (f"to {span}" if known[-1] else "nothing reliably")
-            verdict["text"] += " in every layer" if name == "uses_context_to" else ""
     return verdict
 
 

@@ -22,8 +22,8 @@ class EvaluationConfig:
     # Windows of the longest length, spread over as many documents as possible. More of them
     # narrow the intervals; time grows in proportion.
     num_windows: int = 32
-    # Tokens at the end of every longest window that the fixed-target protocol scores; at most the
-    # training length.
+    # Tokens at the end of every longest window that the fixed-target protocol scores; at most half
+    # the training length, so that each has the other half before it at every length.
     num_targets: int = 64
     # Sliding windows that overlap at each token: they move by a window's length / overlap, so every
     # target has at least 1 - 1/overlap of it as context, at overlap times the cost.
@@ -77,9 +77,9 @@ class EvaluationConfig:
             "overlap",
         )
         require(
-            1 <= self.num_targets <= train_length,
+            1 <= self.num_targets <= train_length // 2,
             f"config.evaluation.num_targets={self.num_targets}: must be at least 1 and at most "
-            f"the training length, {train_length}",
+            f"{train_length // 2}, half the training length, which leaves the targets context",
         )
         require(
             self.tokens_per_batch >= train_length,

@@ -2,15 +2,19 @@
 
 - It holds to X: the largest length at which the loss on fixed targets is at most 1% above that at
   the training length, there and at every length below.
-- It uses context to Y: the smallest W such that, with all keys at a distance of W or more masked in
-  every layer, the loss on fixed targets is at most 0.5% above the lowest that this or any larger W
-  gives, no mask among them. So no layer needs to look back further for more than 0.5% of the loss.
-  What a layer saw the next passes on: through N layers a token depends on up to N (Y - 1) before.
+- It uses context to Y: the smallest C such that, with no more than the last C tokens as input, the
+  loss on fixed targets is at most 0.5% above the lowest that this or any larger C gives, all of the
+  longest windows among them. So a longer input gains at most 0.5% of the loss.
 - It retrieves to Z: the largest length at which a needle is found at every depth, there and at
   every length below: the 95% interval of the accuracy lies above chance by more than a margin.
 
 X and Y have 95% intervals over documents: both are found anew in every resample. Z is found with
 lower bounds of accuracies, and its interval ends where upper bounds would put it.
+
+A fourth is for those who build models and not in the sentence: the window of a layer, the smallest
+W such that the loss obeys the rule of Y where keys at a distance of W or more are masked in every
+layer. Each layer passes on what it saw, so N of them reach N (W - 1) tokens back, and Y may be far
+above W.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +25,7 @@ import numpy as np
 from alibi_jax.evaluation.bootstrap import document_sums, interval_of_a_length
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.retrieval import retrieves_to
-from alibi_jax.evaluation.verdict import TOLERANCE, Entry, percent, relative_change, verdict
+from alibi_jax.evaluation.verdict import TOLERANCE, Entry, relative_change, verdict
 
 CONTEXT_TOLERANCE = 0.005  # context beyond is not used if it lowers the loss by less than this
 
@@ -35,9 +39,9 @@ def held_to(totals: np.ndarray, lengths: Sequence[int]) -> np.ndarray:
 
 
 def used_to(totals: np.ndarray, windows: Sequence[int]) -> np.ndarray:
-    """Find Y from losses float64 [R, W] with each window, rising; the last masks nothing: int [R].
+    """Find Y from losses float64 [R, W] with each C, rising; the last cuts nothing: int [R].
 
-    A loss that is not a number counts as infinite.
+    The window of a layer is found likewise. A loss that is not a number counts as infinite.
     """
     totals = np.where(np.isnan(totals), np.inf, totals)
     lowest = np.minimum.accumulate(totals[:, ::-1], axis=1)[:, ::-1]
@@ -54,13 +58,19 @@ def holds_interval(
     return interval_of_a_length(lambda drawn: held_to(drawn, lengths), totals, counts)
 
 
-def context_use(
-    losses: Mapping[int, np.ndarray], document: np.ndarray, counts: np.ndarray
+def enough(
+    name: str, losses: Mapping[int, np.ndarray], document: np.ndarray, counts: np.ndarray
 ) -> dict[str, Any]:
-    """Find Y and its interval from losses [N, P] with each window.
+    """Find Y, or the window of a layer, and its interval from losses [N, P] with each C, or W.
+
+    Args:
+        name: "uses_context_to" or "layer_window".
+        losses: Of fixed targets, by C or W; the largest cuts nothing.
+        document: int [N], the document of each window.
+        counts: From `bootstrap.resamples`.
 
     Returns:
-        "uses_context_to", tokens, or None where no loss is finite; and its "..._interval".
+        The name with tokens, or None where no loss is finite; and its "..._interval".
     """
     windows = sorted(losses)
     totals = np.stack([document_sums(losses[window], document) for window in windows])
@@ -68,8 +78,8 @@ def context_use(
     known = bool(np.isfinite(point).any())
     interval = interval_of_a_length(lambda drawn: used_to(drawn, windows), totals, counts)
     return {
-        "uses_context_to": int(used_to(point, windows)[0]) if known else None,
-        "uses_context_to_interval": interval if known else None,
+        name: int(used_to(point, windows)[0]) if known else None,
+        f"{name}_interval": interval if known else None,
     }
 
 
@@ -95,50 +105,48 @@ def holding(
         "holds_to": found["holds_to"] if known else None,
         "holds_to_interval": interval if known else None,
         "details": found["text"],
-        "warning": warning(nonoverlapping, fixed_targets, found["compared_at"]),
+        "warning": warning(nonoverlapping, fixed_targets),
     }
 
 
-def warning(
-    nonoverlapping: list[Entry], fixed_targets: list[Entry], length: int | None
-) -> str | None:
-    """Say where the nonoverlapping curve alone would mislead; None where it would not.
-
-    It does where it falls, while longer context gains nothing that can be measured on fixed
-    targets, or less than half of it for sure (the far end of the interval): what remains is fewer
-    tokens near the start of a window.
+def warning(nonoverlapping: list[Entry], fixed_targets: list[Entry]) -> str | None:
+    """Name the longest length where the nonoverlapping curve alone would mislead; None: none.
 
     Args:
-        nonoverlapping: Entries by length.
-        fixed_targets: Entries by length.
-        length: The longest length to which the loss holds, beyond the training length or just
-            beyond that; None: there is none.
+        nonoverlapping: Entries by length, the training length first.
+        fixed_targets: Entries of the same lengths.
     """
-    if length is None:
-        return None
-    whole, fixed = (
-        next(entry for entry in entries if entry["length"] == length)
-        for entries in (nonoverlapping, fixed_targets)
-    )
-    change, relative = whole["change"], whole["relative_change"]
-    whole_interval, fixed_interval = whole["change_interval"], fixed["change_interval"]
-    if change is None or relative is None or whole_interval is None or fixed_interval is None:
-        return None
-    falls, gains = whole_interval[1] < 0, fixed_interval[1] < 0
-    if not falls or (gains and -fixed_interval[0] > -change / 2):
+    pairs = list(zip(nonoverlapping, fixed_targets, strict=True))[1:]
+    whole, fixed = next((pair for pair in reversed(pairs) if _misleads(*pair)), (None, None))
+    if whole is None or fixed is None:
         return None
     return (
-        f"nonoverlapping windows alone would mislead: at {length} tokens their loss changes by "
-        f"{percent(relative)}, but on the same targets longer context changes it "
+        f"nonoverlapping windows alone would mislead: at {whole['length']} tokens their loss "
+        f"changes by {relative_change(whole)}, but on the same targets longer context changes it "
         f"by {relative_change(fixed)}."
     )
+
+
+def _misleads(whole: Entry, fixed: Entry) -> bool:
+    """Say whether fewer tokens near the start of a window make most of a gain.
+
+    They do where the nonoverlapping curve falls, while longer context gains nothing that can be
+    measured on fixed targets, or less than half of it for sure (the far end of the interval).
+    """
+    change = whole["change"]
+    whole_interval, fixed_interval = whole["change_interval"], fixed["change_interval"]
+    if change is None or whole_interval is None or fixed_interval is None:
+        return False
+    falls, gains = whole_interval[1] < 0, fixed_interval[1] < 0
+    return falls and not (gains and -fixed_interval[0] > -change / 2)
 
 
 # The protocol behind each length of the verdict.
 MEASURED_BY = {
     "holds_to": "fixed_targets",
-    "uses_context_to": "truncation",
+    "uses_context_to": "truncated_input",
     "retrieves_to": "needle",
+    "layer_window": "truncation",
 }
 
 
@@ -146,12 +154,12 @@ def conclude(judged: Mapping[str, Any], longest: int) -> dict[str, Any]:
     """Complete the verdict from what the protocols found; what was not measured is None.
 
     Args:
-        judged: What `holding`, `context_use` and `retrieval_range` returned.
+        judged: What `holding`, `enough` and `retrieval_range` returned.
         longest: The longest length that was measured.
 
     Returns:
-        "text", one line; "holds_to", "uses_context_to" and "retrieves_to" in tokens, each with its
-        "..._interval" and "..._protocol"; "warning"; and what `holding` adds.
+        "text", one line; "holds_to", "uses_context_to", "retrieves_to" and "layer_window" in
+        tokens, each with its "..._interval" and "..._protocol"; "warning"; and what `holding` adds.
     """
     complete: dict[str, Any] = {"text": "", "warning": None}
     for name, protocol in MEASURED_BY.items():
@@ -167,10 +175,7 @@ def sentence(judged: Mapping[str, Any], longest: int) -> str:
         within = f"(paired, within {100 * TOLERANCE:g}%)"
         parts.append(f"holds to {_tokens(judged, 'holds_to', longest)} {within}")
     if judged["uses_context_to"] is not None:
-        broken = judged["holds_to"] is not None and judged["holds_to"] < longest
-        where = f" (of {longest}, where it does not hold)" if broken else ""
-        used = _tokens(judged, "uses_context_to", longest)
-        parts.append(f"uses context to {used} in every layer{where}")
+        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}")
     if judged["retrieves_to"]:
         parts.append(f"retrieves to {_tokens(judged, 'retrieves_to', longest)}")
     elif judged["retrieves_to"] == 0:

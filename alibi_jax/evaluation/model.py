@@ -120,6 +120,7 @@ def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:
         logits,
         lambda tokens, edges, count: mass(params, tokens, edges, count),
         lambda length: slopes_of(decoder, length),
+        decoder.config.sink,
     )
 
 

@@ -41,7 +41,7 @@ def evaluation_figure(found: Mapping[str, Any], path: Path, title: str | None = 
         (_levels, _BY_LENGTH),
         (_changes, _BY_LENGTH),
         (_by_position, ("by_position",)),
-        (_truncation, ("truncation",)),
+        (_truncation, ("truncated_input", "truncation")),
         (_mass, ("attention_mass",)),
         (_retrieval, ("needle", "recall")),
     ]
@@ -106,11 +106,20 @@ def _by_position(axes: "Axes", found: Mapping[str, Any]) -> None:
 
 
 def _truncation(axes: "Axes", found: Mapping[str, Any]) -> None:
-    entries = [{**e, "length": e["window"]} for e in found["protocols"]["truncation"]]
-    style = {"color": _BLUE, "marker": "o"}
-    curve(axes, entries, "relative_change", "relative_change_interval", 100, style)
+    for name, what, style in (
+        ("truncated_input", "context", {"label": "last tokens", "color": _BLUE, "marker": "o"}),
+        (
+            "truncation",
+            "window",
+            {"label": "keys of each layer", "color": "#009E73", "marker": "^", "linestyle": ":"},
+        ),
+    ):
+        if name in found["protocols"]:
+            entries = [{**e, "length": e[what]} for e in found["protocols"][name]]
+            curve(axes, entries, "relative_change", "relative_change_interval", 100, style)
+    shortest, longest = axes.dataLim.intervalx
     axes.set_xscale("log", base=2)
-    _thin_ticks(axes, entries[-1]["window"], entries[0]["window"])
+    _thin_ticks(axes, longest, shortest)
     axes.axhspan(0, 100 * CONTEXT_TOLERANCE, color="0.92", linewidth=0, zorder=0)
     low, high = axes.dataLim.intervaly
     axes.set_ylim(min(1.15 * low, -CONTEXT_TOLERANCE * 100), max(1.15 * high, 1))
@@ -119,9 +128,10 @@ def _truncation(axes: "Axes", found: Mapping[str, Any]) -> None:
         axes.axvline(used, color=_ORANGE, linestyle="--", linewidth=1)
         axes.axvspan(*(interval or (used, used)), color=_ORANGE, alpha=0.15, linewidth=0)
         _note(axes, used, f"uses {tokens_text(used)}")
-    axes.set_xlabel("nearest keys seen, in every layer")
-    axes.set_ylabel("loss above all keys' (%)")
-    axes.set_title(f"truncated context, of {tokens_text(entries[-1]['window'])}")
+    axes.set_xlabel("nearest tokens left")
+    axes.set_ylabel("loss above that with all (%)")
+    axes.set_title(f"truncated context, of {tokens_text(int(longest))}")
+    axes.legend(frameon=False, loc="center right")
 
 
 def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
@@ -140,7 +150,7 @@ def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
     _thin_ticks(axes, mass["length"], axis="y")
     axes.set_xlabel("head")
     axes.set_ylabel("nearest keys (tokens)")
-    sloped_title = "; line: slope alone" if any(head["slope_keys"] for head in heads) else ""
+    sloped_title = "; line: bias alone" if any(head["slope_keys"] for head in heads) else ""
     axes.set_title(f"share of attention{sloped_title}")
     most = max(head["head"] for head in heads) + 1
     axes.set_xticks(range(1, most + 1, -(-most // 12)))
@@ -192,7 +202,7 @@ def _note(axes: "Axes", x: float, text: str) -> None:
     )
 
 
-def _thin_ticks(axes: "Axes", last: int, first: int = 1, axis: str = "x") -> None:
+def _thin_ticks(axes: "Axes", last: float, first: float = 1, axis: str = "x") -> None:
     """At most six ticks, at powers of two."""
     exponents = np.arange(np.ceil(np.log2(first)), np.log2(last) + 0.01)
     step = int(np.ceil(len(exponents) / 6))

@@ -14,14 +14,18 @@ protocols of the literature are two means of this one array:
   `num_targets` positions. Those tokens end a tile at every length, so only the amount of context
   before them differs and lengths are compared in pairs.
 
-By position is a third: the means of `losses[longest]` over ranges of positions.
+By position is a third: means over ranges of positions within a tile, each at the shortest L that
+holds the range, where most tiles have it.
 
-Two more protocols score with other contexts:
+Three more protocols score with other contexts:
 
 - sliding window (Press et al., App. B): windows that overlap, each of which scores its last
   `stride` tokens, so that every target has at least L - stride tokens of context.
-- truncation: fixed targets at the longest length, while in every layer a query sees only the keys
-  at a distance below W. Where the loss stops falling with W, longer context stops helping.
+- truncated input (Khandelwal et al., ACL 2018, https://arxiv.org/abs/1805.04623): the fixed targets
+  of the longest length, each with no more than the C tokens before it as input. Where the loss
+  stops falling with C, longer inputs stop helping.
+- truncation: the same targets with all the input, while in every layer a query sees only the keys
+  at a distance below W. Layers pass on what they saw, so N of them reach N (W - 1) tokens back.
 """
 
 import math
@@ -40,7 +44,8 @@ LossFn = Callable[[np.ndarray], Any]
 # The same, where attention sees only keys at a distance below the window; None: all keys.
 WindowedLossFn = Callable[[np.ndarray, int | None], Any]
 
-SHORTEST_WINDOW = 32  # of the truncation, in tokens
+SHORTEST_WINDOW = 32  # of a truncation, in tokens
+_INPUT_OVERLAP = 16  # truncated inputs move by a 16th of themselves: all targets have 15/16 of them
 
 
 def evaluate(
@@ -138,27 +143,28 @@ def sliding_losses(
     length: int,
     *,
     stride: int,
+    num_targets: int,
     tokens_per_batch: int,
     progress: Callable[[int], object],
 ) -> np.ndarray:
-    """Score the second half of the windows with at least `length - stride` tokens of context each.
+    """Score the last tokens of the windows with length - stride + 1 to length tokens of input each.
 
     It computes length / stride tokens for each that it scores.
 
     Args:
         loss_fn: Nats per token f32[B, length] of int32[B, length+1].
         windows: The tokens to score.
-        length: Tokens of a sliding window, at most half of the windows'.
+        length: Tokens of a sliding window: at most longest - num_targets, or longest.
         stride: Tokens from one sliding window to the next; each scores its last `stride`.
+        num_targets: Tokens at the end of each window that are scored.
         tokens_per_batch: Tokens computed at once.
         progress: Called with the number of tokens computed since the last call.
 
     Returns:
-        float32 [N, longest // 2].
+        float32 [N, num_targets].
     """
     longest = windows.tokens.shape[1] - 1
-    num_targets = longest // 2
-    ends = sliding_ends(longest, stride)
+    ends = sliding_ends(longest, stride, num_targets)
     rows = np.stack([windows.tokens[:, end - length : end + 1] for end in ends], axis=1)
     losses = in_batches(
         lambda tokens: np.asarray(loss_fn(tokens))[:, -stride:],
@@ -169,15 +175,32 @@ def sliding_losses(
     return losses.reshape(len(windows.tokens), -1)[:, -num_targets:]
 
 
-def sliding_ends(longest: int, stride: int) -> np.ndarray:
-    """Ends of the sliding windows whose last `stride` tokens cover the second half, ascending."""
-    return longest - stride * np.arange(-(-(longest // 2) // stride))[::-1]
+def sliding_ends(longest: int, stride: int, num_targets: int) -> np.ndarray:
+    """Ends of the sliding windows whose last `stride` tokens cover the targets, ascending."""
+    return longest - stride * np.arange(-(-num_targets // stride))[::-1]
+
+
+def input_strides(longest: int, num_targets: int) -> dict[int, int]:
+    """Strides of the truncated inputs of 32, 64, ... tokens and, last, of the whole one.
+
+    An input of C tokens scores its last `stride` targets, which have C - stride + 1 to C tokens as
+    context: one each would cost C tokens a target, and a 16th of C costs about 16. A longer C than
+    the tokens before the first target is left out, for there it would not be cut for all of them.
+    """
+    lengths = _doublings(longest - num_targets + 1)
+    strides = {length: min(length // _INPUT_OVERLAP, num_targets) for length in lengths}
+    return strides | {longest: num_targets}
 
 
 def truncation_windows(longest: int) -> tuple[int | None, ...]:
     """Windows of the truncation: 32, 64, ... below `longest`, and last None, which cuts nothing."""
-    count = max(0, int(np.ceil(np.log2(longest / SHORTEST_WINDOW))))
-    return (*(SHORTEST_WINDOW << i for i in range(count)), None)
+    return (*_doublings(longest), None)
+
+
+def _doublings(end: int) -> list[int]:
+    """SHORTEST_WINDOW, twice that, and so on, below `end`."""
+    count = max(0, math.ceil(math.log2(end / SHORTEST_WINDOW)))
+    return [SHORTEST_WINDOW << i for i in range(count)]
 
 
 def truncated_losses(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from alibi_jax.evaluation.bootstrap import document_sums, resamples
+from alibi_jax.evaluation.bootstrap import document_sums, resamples, widened
 from alibi_jax.evaluation.protocols import in_batches
 from alibi_jax.evaluation.windows import Windows
 
@@ -33,13 +33,14 @@ def attention_mass(
     num_queries: int,
     num_bootstrap: int,
     slopes: np.ndarray | None,
+    sink: bool,
     tokens_per_batch: int,
     progress: Callable[[int], object],
 ) -> dict[str, Any]:
     """Measure how many of the nearest keys hold 50, 90 and 99% of the attention of each head.
 
     The slope's own number is that of a head whose queries and keys say nothing, so that only the
-    bias is left: the nearest n keys hold 1 - exp(-slope n) of a geometric distribution.
+    bias is left.
 
     Args:
         mass_fn: f32[layers, B, H, len(edges) + 1] of int32[B, length].
@@ -48,13 +49,14 @@ def attention_mass(
         num_queries: The last so many tokens look back.
         num_bootstrap: Resamples behind each interval.
         slopes: f32[H] or f32[layers, H], the linear bias of each head; None: it has none.
+        sink: Whether the bias puts the first key at distance 0 from all.
         tokens_per_batch: Tokens computed at once.
         progress: Called with the number of tokens computed since the last call.
 
     Returns:
-        "length", "num_queries", "quantiles" and "heads": for each head its "layer" and "head" from
-        0, "keys", their 95% "intervals" over documents, "slope" and "slope_keys", one value for
-        each quantile. A slope of 0 has None.
+        "length", "num_queries", "quantiles", "sink" and "heads": for each head its "layer" and
+        "head" from 0, "keys", their 95% "intervals" over documents, "slope" and "slope_keys", one
+        value for each quantile. A slope of 0 has None.
     """
     edges = mass_edges(length)
     mass = in_batches(
@@ -73,19 +75,21 @@ def attention_mass(
         bins = mass[:, layer, head].T
         by_document = np.stack([document_sums(row[:, None], windows.document) for row in bins])
         total = nearest_keys(by_document.sum(axis=1), edges, length)
+        alone = [slope_keys(slope, p, length, sink) for p in QUANTILES] if slope else None
         return {
             "layer": layer,
             "head": head,
             "keys": [float(keys) if np.isfinite(keys) else None for keys in total],
-            "intervals": _intervals(counts, by_document, edges, length),
+            "intervals": _intervals(total, counts, by_document, edges, length),
             "slope": slope,
-            "slope_keys": [slope_keys(slope, p) for p in QUANTILES] if slope else None,
+            "slope_keys": alone,
         }
 
     return {
         "length": length,
         "num_queries": num_queries,
         "quantiles": list(QUANTILES),
+        "sink": sink,
         "heads": [
             describe(layer, head) for layer in range(num_layers) for head in range(num_heads)
         ],
@@ -111,17 +115,29 @@ def nearest_keys(mass: np.ndarray, edges: tuple[int, ...], length: int) -> np.nd
     return found.reshape(*mass.shape[:-1], len(QUANTILES))
 
 
-def slope_keys(slope: float, p: float) -> int:
-    """Return the fewest nearest keys that hold `p` of a geometric distribution exp(-slope d)."""
-    return math.ceil(math.log(1 - p) / -slope)
+def slope_keys(slope: float, p: float, length: int, sink: bool) -> int:
+    """Return the fewest nearest of `length` keys that hold `p` of a distribution exp(-slope d).
+
+    A sink, the farthest key, has as much as the nearest.
+    """
+    weight = np.exp(-slope * np.arange(length))
+    weight[-1] = 1.0 if sink else weight[-1]
+    held = np.cumsum(weight)
+    return int(np.searchsorted(held, p * held[-1])) + 1
 
 
 def _intervals(
-    counts: np.ndarray, by_document: np.ndarray, edges: tuple[int, ...], length: int
+    total: np.ndarray,
+    counts: np.ndarray,
+    by_document: np.ndarray,
+    edges: tuple[int, ...],
+    length: int,
 ) -> list[list[float]] | None:
+    """95% intervals of the keys, `total`, that hold each of `QUANTILES`."""
     if counts.shape[1] < 2:
         return None
     found = nearest_keys(counts @ by_document.T, edges, length)
     if not np.isfinite(found).all():
         return None
-    return [[float(x) for x in pair] for pair in np.percentile(found, [2.5, 97.5], axis=0).T]
+    bounds = np.percentile(widened(total, found, counts.shape[1]), [2.5, 97.5], axis=0)
+    return [[float(x) for x in pair] for pair in np.clip(bounds, 0, length).T]

@@ -8,7 +8,8 @@ DIR/evaluation.json and DIR/evaluation.png and prints the numbers and a verdict:
 loss holds, to which it uses context, and from how far back it retrieves.
 
   --protocols=NAME,...  some of nonoverlapping, fixed_targets, sliding_window, by_position,
-                        truncation, attention_mass, needle, recall; all of them if left out
+                        truncated_input, truncation, attention_mass, needle, recall; all of them if
+                        left out
   --lengths=N,...       window lengths in tokens, each a multiple of the one before, the first of
                         the training length; if left out, config.evaluation.multiples of that
   --config.evaluation.FIELD=VALUE

@@ -1,10 +1,11 @@
 """The numbers of an evaluation as text, for a screen of 100 columns."""
 
+import statistics
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from alibi_jax.evaluation.verdict import percent, relative_change
+from alibi_jax.evaluation.verdict import few_documents, percent, relative_change
 
 _WIDTH = 100
 
@@ -54,6 +55,7 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
         "fixed_targets": _lengths(f"fixed targets, the last {found['num_targets']} of each window"),
         "sliding_window": _lengths("sliding window"),
         "by_position": _positions,
+        "truncated_input": _truncated_input,
         "truncation": _truncation,
         "attention_mass": _mass,
         "needle": _needle,
@@ -61,7 +63,10 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     }
     lines = []
     for name, entries in protocols.items():
-        lines += [*writers[name](entries, found["train_length"]), ""]
+        lines += [*writers[name](entries, found), ""]
+    windows = _plural(found["num_windows"], "window")
+    source = f"{windows} from {_plural(found['num_documents'], found['unit'])}."
+    lines += [" ".join([source, *few_documents(found["unit"], found["num_documents"])]), ""]
     verdict = found["verdict"]
     lines += textwrap.wrap(verdict["text"], _WIDTH)
     if verdict["warning"]:
@@ -69,8 +74,9 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _lengths(title: str) -> Callable[[Any, int], list[str]]:
-    def write(entries: Any, train_length: int) -> list[str]:
+def _lengths(title: str) -> Callable[[Any, Mapping[str, Any]], list[str]]:
+    def write(entries: Any, found: Mapping[str, Any]) -> list[str]:
+        train_length = found["train_length"]
         lines = [f"{'tokens':>8}{'x':>6}{'bits/byte':>11}  loss change [95% interval]  {title}"]
         for entry in entries:
             length = entry["length"]
@@ -83,41 +89,52 @@ def _lengths(title: str) -> Callable[[Any, int], list[str]]:
     return write
 
 
-def _positions(by_position: Any, train_length: int) -> list[str]:
+def _positions(by_position: Any, found: Mapping[str, Any]) -> list[str]:
     """About ten of the ranges."""
     entries = by_position["entries"]
     step = -(-len(entries) // 10)
     shown = entries[::-step][::-1]
     starts = "".join(f"{entry['start']:>8}" for entry in shown)
     values = "".join(f"{_or('{:.3f}'.format, entry['bits_per_byte']):>8}" for entry in shown)
-    return [f"position{starts}", f"bits/byte{values[1:]}"]
+    title = "loss from each position on, in all windows of the shortest length that holds it"
+    return [title, f"position{starts}", f"bits/byte{values[1:]}"]
 
 
-def _truncation(entries: Any, train_length: int) -> list[str]:
-    length = entries[-1]["length"]
-    lines = [f"{'window':>8}{'bits/byte':>17}  loss change [95% interval]  truncation at {length}"]
+def _truncated_input(entries: Any, found: Mapping[str, Any]) -> list[str]:
+    return _cut(entries, "context", "whole input", "input cut to the last tokens")
+
+
+def _truncation(entries: Any, found: Mapping[str, Any]) -> list[str]:
+    lines = _cut(entries, "window", "all keys", "nearest keys alone seen in every layer")
+    window, interval = (found["verdict"][f"layer_window{suffix}"] for suffix in ("", "_interval"))
+    if window is None:
+        return lines
+    ends = "" if interval is None else f" [{interval[0]}, {interval[1]}]"
+    return [*lines, f"No layer needs more than its nearest {window} keys{ends}."]
+
+
+def _cut(entries: Any, what: str, nothing: str, title: str) -> list[str]:
+    """Levels with each of the contexts or windows, and changes against the last, the largest."""
+    lines = [f"{what:>8}{'bits/byte':>17}  loss change [95% interval]  {title}"]
     for entry in entries:
-        full = entry["window"] == length
-        change = "(all keys)" if full else relative_change(entry)
+        change = f"({nothing})" if entry is entries[-1] else relative_change(entry)
         bits = _or("{:.4f}".format, entry["bits_per_byte"])
-        lines.append(f"{entry['window']:>8}{bits:>17}  {change}")
+        lines.append(f"{entry[what]:>8}{bits:>17}  {change}")
     return lines
 
 
-def _mass(mass: Any, train_length: int) -> list[str]:
+def _mass(mass: Any, found: Mapping[str, Any]) -> list[str]:
     """For each head the median over layers of the nearest keys that hold 90% of its attention."""
     index = mass["quantiles"].index(0.9)
-    heads: dict[int, list[Any]] = {}
+    keys: dict[int, list[float | None]] = {}
+    slope_keys: dict[int, list[float | None]] = {}
     for head in mass["heads"]:
-        heads.setdefault(head["head"], []).append(head)
-    keys, slope_keys = [], []
-    for layers in heads.values():
-        found = sorted(layer["keys"][index] or 0 for layer in layers)
-        keys.append(f"{found[len(found) // 2]:.0f}")
-        of_slope = layers[0]["slope_keys"]
-        slope_keys.append("-" if of_slope is None else str(of_slope[index]))
+        keys.setdefault(head["head"], []).append(head["keys"][index])
+        of_slope = head["slope_keys"] and head["slope_keys"][index]
+        slope_keys.setdefault(head["head"], []).append(of_slope)
     lines = [f"keys that hold 90% of attention at {mass['length']}, by head (median over layers)"]
-    for name, row in (("measured", keys), ("slope alone", slope_keys)):
+    for name, by_head in (("measured", keys), ("bias alone", slope_keys)):
+        row = [_median(of_layers) for of_layers in by_head.values()]
         if set(row) != {"-"}:
             lines += textwrap.wrap(
                 f"{name:<12}" + "".join(f"{word:>8}" for word in row),
@@ -128,7 +145,13 @@ def _mass(mass: Any, train_length: int) -> list[str]:
     return lines
 
 
-def _needle(task: Any, train_length: int) -> list[str]:
+def _median(values: Sequence[float | None]) -> str:
+    """The median of what is known, "-" where nothing is."""
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.0f}" if known else "-"
+
+
+def _needle(task: Any, found: Mapping[str, Any]) -> list[str]:
     entries = task["entries"]
     depths = sorted({entry["depth"] for entry in entries})
     lines = [
@@ -141,7 +164,7 @@ def _needle(task: Any, train_length: int) -> list[str]:
     return lines
 
 
-def _recall(task: Any, train_length: int) -> list[str]:
+def _recall(task: Any, found: Mapping[str, Any]) -> list[str]:
     lines = [f"values found by their keys [95% interval]; by chance: {task['chance']:.0%}"]
     return lines + [f"{entry['length']:>8}{_accuracy(entry):>14}" for entry in task["entries"]]
 

@@ -4,6 +4,8 @@ import itertools
 import math
 from typing import Any, TypedDict
 
+from alibi_jax.evaluation.bootstrap import FEW
+
 TOLERANCE = 0.01  # the loss holds while it is at most this fraction above the training length's
 
 
@@ -55,7 +57,7 @@ def verdict(
     Args:
         nonoverlapping: Entries by length; the first is the training length.
         fixed_targets: Entries by length, likewise.
-        unit: What the intervals resample: "document" or "piece".
+        unit: What the intervals resample: "document" or "block".
         num_documents: How many of them there are.
 
     Returns:
@@ -108,9 +110,16 @@ def _text(
         sentences += [_holding(fixed, held), *_gain(nonoverlapping[held], fixed[held])]
     if held + 1 < len(fixed):
         sentences.append(_failing(fixed, held))
+    return " ".join([*sentences, *few_documents(unit, num_documents)])
+
+
+def few_documents(unit: str, num_documents: int) -> list[str]:
+    """Say, in at most one sentence, that too little was resampled for narrow intervals."""
     if num_documents == 1:
-        sentences.append(f"All windows come from one {unit}, so there are no intervals.")
-    return " ".join(sentences)
+        return [f"All windows come from one {unit}, so there are no intervals."]
+    if num_documents < FEW:
+        return [f"Intervals are wide, of only {num_documents} {unit}s."]
+    return []
 
 
 def _holding(fixed: list[Entry], held: int) -> str:

@@ -1,5 +1,6 @@
 """The held-out tokens that every protocol scores: windows spread over documents."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,7 @@ import numpy as np
 from alibi_jax.errors import UserError
 
 _MIN_UNITS = 2  # fewer documents give no interval
+_CUT = 3  # bytes of a UTF-8 character without its first, or its last
 
 
 class TokenizedDocuments(Protocol):
@@ -30,7 +32,7 @@ class Windows:
     Attributes:
         tokens: int32 [N, longest + 1]; the first of each row is context only.
         document: int64 [N], which unit a window comes from; the bootstrap resamples these.
-        unit: What such a unit is: "document", or "piece" of the concatenated stream.
+        unit: What such a unit is: "document", or "block" of the concatenated stream.
     """
 
     tokens: np.ndarray
@@ -102,7 +104,7 @@ def longest_windows(
         longest: Targets per window.
         num_windows: Windows wanted; fewer come back if the text holds no more.
         packing: "documents": a window lies inside one document; "stream": windows are pieces of
-            the concatenated documents, and each counts as a unit of its own.
+            the concatenated documents, and blocks of consecutive ones are the units.
 
     Returns:
         The windows, in the order of the text.
@@ -124,19 +126,42 @@ def longest_windows(
     )
     tokens = np.stack([split.tokens[start : start + longest + 1] for start in starts])
     if packing == "stream":
-        document = np.arange(len(starts))
-    return Windows(tokens=tokens.astype(np.int32), document=document, unit=_unit(packing))
+        return Windows(tokens.astype(np.int32), _blocks(len(starts)), "block")
+    return Windows(tokens.astype(np.int32), document, "document")
+
+
+def _blocks(num_pieces: int) -> np.ndarray:
+    """Number blocks of consecutive pieces of a stream, int64 [num_pieces].
+
+    Neighbours may share a document, and a stream need not say where documents end (WikiText is one
+    file). Blocks of the cube root of so many pieces are resampled in place of single ones, as is
+    usual for a series whose neighbours are alike (Carlstein, Annals of Statistics 14, 1986; Hall,
+    Horowitz and Jing, Biometrika 82, 1995).
+    """
+    return np.arange(num_pieces) // math.floor(np.cbrt(num_pieces))
 
 
 def bytes_per_token(windows: Windows, decode: Callable[[np.ndarray], str]) -> float:
     """Measure UTF-8 bytes per target of the windows, which turns nats per token into bits per byte.
 
+    A character that the edge of a window cuts cannot be decoded: neither its bytes count nor its
+    tokens.
+
     Args:
         windows: The windows that are scored.
-        decode: Text of token ids [n].
+        decode: Text of token ids [n]; invalid UTF-8 becomes U+FFFD.
     """
-    targets = windows.tokens[:, 1:]
-    return sum(len(decode(row).encode()) for row in targets) / targets.size
+    rows = [_whole_characters(row, decode) for row in windows.tokens[:, 1:]]
+    return sum(len(decode(row).encode()) for row in rows) / sum(map(len, rows))
+
+
+def _whole_characters(tokens: np.ndarray, decode: Callable[[np.ndarray], str]) -> np.ndarray:
+    """Leave out what an edge may cut off from a character: up to three tokens on either side."""
+    for _ in range(_CUT):
+        tokens = tokens[1:] if decode(tokens[: 2 * _CUT]).startswith("\ufffd") else tokens
+    for _ in range(_CUT):
+        tokens = tokens[:-1] if decode(tokens[-2 * _CUT :]).endswith("\ufffd") else tokens
+    return tokens
 
 
 def _unit(packing: str) -> str:

@@ -30,6 +30,16 @@ def uses(reach):
     return losses
 
 
+def layers_of(window_of_each, num_layers=2):
+    """`uses` by layers that each see their nearest keys, and what those saw in the layer below."""
+
+    def losses(tokens, window):
+        keys = window_of_each if window is None else min(window, window_of_each)
+        return uses(num_layers * (keys - 1) + 1)(tokens, None)
+
+    return losses
+
+
 def explodes(trained, rate=0.5):
     """A loss that rises with the log of the position beyond the trained length, as sinusoids do.
 
@@ -85,12 +95,17 @@ def remembers_pairs(reach, vocab_size=257):
     return logits
 
 
-def geometric_mass(slopes):
-    """Attention that the bias alone makes: probability exp(-slope d) up to a factor."""
+def geometric_mass(slopes, sink=False):
+    """Attention that the bias alone makes: probability exp(-slope d) up to a factor.
+
+    A sink, the first key, has that of distance 0.
+    """
 
     def mass(tokens, edges, num_queries):
         distance = np.arange(tokens.shape[1])
         weight = np.exp(-slopes[:, None] * distance)
+        if sink:
+            weight[:, -1] = 1
         weight = weight / weight.sum(axis=1, keepdims=True)
         bounds = [0, *edges, tokens.shape[1]]
         bins = np.add.reduceat(weight, bounds[:-1], axis=1)
@@ -99,11 +114,12 @@ def geometric_mass(slopes):
     return mass
 
 
-def scorer(losses=None, logits=None):
+def scorer(losses=None, logits=None, sink=False):
     """A model of such parts; by default it uses 64 tokens and copies from anywhere."""
     return Scorer(
         losses or uses(64),
         logits or copies(10**9),
-        geometric_mass(SLOPES),
+        geometric_mass(SLOPES, sink),
         lambda length: SLOPES,
+        sink,
     )

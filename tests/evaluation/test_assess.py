@@ -9,10 +9,18 @@ import pytest
 
 from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation import EvaluationConfig, judgement, write_json
+from alibi_jax.evaluation import EvaluationConfig, judgement, longest_windows, write_json
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
 from alibi_jax.evaluation.tables import evaluation_table
-from tests.evaluation.oracles import copies, explodes, remembers_pairs, scorer, uses
+from tests.evaluation.oracles import (
+    base,
+    copies,
+    explodes,
+    layers_of,
+    remembers_pairs,
+    scorer,
+    uses,
+)
 
 TRAINED = 64
 LENGTHS = (64, 128, 256, 512, 1024)
@@ -65,10 +73,11 @@ def test_the_verdict_finds_what_was_planted(found):
     assert verdict["retrieves_to"] == 1024 and verdict["retrieves_to_interval"] == [1024, 1024]
     assert verdict["text"] == (
         "Holds to at least 1024 tokens [1024, 1024] (paired, within 1%), uses context to 64 tokens "
-        "[64, 64] in every layer, retrieves to at least 1024 tokens [1024, 1024]."
+        "[64, 64], retrieves to at least 1024 tokens [1024, 1024]."
     )
     assert verdict["holds_to_protocol"] == "fixed_targets"
-    assert verdict["uses_context_to_protocol"] == "truncation"
+    assert verdict["uses_context_to_protocol"] == "truncated_input"
+    assert verdict["layer_window"] == 64 and verdict["layer_window_protocol"] == "truncation"
     assert verdict["retrieves_to_protocol"] == "needle"
     # The nonoverlapping curve falls, by fewer tokens with little context alone.
     assert "nonoverlapping windows alone would mislead: at 1024" in verdict["warning"]
@@ -83,6 +92,7 @@ def test_every_protocol_is_there_and_is_json(found, tmp_path):
     lines = evaluation_table(found).splitlines()
     assert max(map(len, lines)) <= 100
     text = " ".join(evaluation_table(found).split())
+    assert text.count("7 windows from 6 documents. Intervals are wide, of only 6 documents.") == 1
     assert text.endswith(f"{found['verdict']['text']} Warning: {found['verdict']['warning']}")
 
 
@@ -105,10 +115,37 @@ def test_what_is_there_is_not_measured_again(found):
 
 @pytest.mark.parametrize("reach", [64, 128, 256])
 def test_truncated_on_purpose_is_found_to_use_so_much(reach):
-    verdict = evaluate(scorer(uses(reach)), wanted=("truncation",))["verdict"]
-    assert verdict["uses_context_to"] == reach
+    verdict = evaluate(scorer(uses(reach)), wanted=("truncated_input",))["verdict"]
+    assert verdict["uses_context_to"] == reach and verdict["layer_window"] is None
     assert verdict["holds_to"] is None and verdict["retrieves_to"] is None
-    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}] in every layer."
+    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}]."
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(1, 64), (2, 128), (3, 256)])
+def test_layers_of_a_window_use_an_input_as_long_as_all_of_them(layers, expected):
+    """N windows of 64 keys reach 63 N tokens back: with the token itself 64, 127 and 190."""
+    found = evaluate(scorer(layers_of(64, layers)), wanted=("truncated_input", "truncation"))
+    assert found["verdict"]["layer_window"] == 64
+    assert found["verdict"]["layer_window_interval"] == [64, 64]
+    assert found["verdict"]["uses_context_to"] == expected
+    assert found["verdict"]["uses_context_to_interval"] == [expected, expected]
+    table = evaluation_table(found)
+    assert f"Uses context to {expected} tokens" in table
+    assert "No layer needs more than its nearest 64 keys [64, 64]." in table
+
+
+def test_a_truncated_input_has_little_less_context_than_it_says(found):
+    entries = found["protocols"]["truncated_input"]
+    assert [entry["context"] for entry in entries] == [32, 64, 128, 256, 512, 1024]
+    assert [entry["least_context"] for entry in entries] == [31, 61, 121, 241, 497, 1009]
+    # 0.05 nats for each doubling to 64 tokens.
+    seen = {32: np.arange(31, 33), 64: np.arange(61, 65)}
+    for entry in entries:
+        lost = 0.05 * (6 - np.log2(seen.get(entry["context"], 64)).mean())
+        assert entry["change"] == pytest.approx(lost, abs=1e-6)
+    # The targets are those of the fixed targets at the longest length.
+    fixed = found["protocols"]["fixed_targets"][-1]
+    assert entries[-1]["nats_per_token"] == pytest.approx(fixed["nats_per_token"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(0.004, 64), (0.006, 1024)])
@@ -117,7 +154,7 @@ def test_context_that_gains_half_a_percent_is_used(gain, expected):
         return uses(64)(tokens, window) * (1 if window is None else 1 + gain)
 
     verdict = evaluate(scorer(losses), wanted=("truncation",))["verdict"]
-    assert verdict["uses_context_to"] == expected
+    assert verdict["layer_window"] == expected
 
 
 def test_windows_that_all_lose_to_a_shorter_one_are_not_used():
@@ -126,7 +163,7 @@ def test_windows_that_all_lose_to_a_shorter_one_are_not_used():
     def losses(tokens, window):
         return uses(64)(tokens, window) + (1.0 if window is None or window > 128 else 0.0)
 
-    assert evaluate(scorer(losses), wanted=("truncation",))["verdict"]["uses_context_to"] == 64
+    assert evaluate(scorer(losses), wanted=("truncation",))["verdict"]["layer_window"] == 64
 
 
 def test_an_exploding_loss_does_not_hold():
@@ -136,7 +173,7 @@ def test_an_exploding_loss_does_not_hold():
     assert verdict["warning"] is None
     assert verdict["text"].startswith(
         "Holds to 64 tokens [64, 64] (paired, within 1%), uses context to at most 32 tokens "
-        "[32, 32] in every layer (of 1024, where it does not hold), retrieves to at least 1024"
+        "[32, 32], retrieves to at least 1024"
     )
     rising = [entry["relative_change"] for entry in found["protocols"]["fixed_targets"]]
     assert all(np.diff(rising) > 0.1)
@@ -152,7 +189,7 @@ def test_infinities_are_null_and_no_crash(tmp_path):
     write_json(found, tmp_path / "evaluation.json")
     verdict = found["verdict"]
     assert verdict["holds_to"] == TRAINED
-    assert verdict["uses_context_to"] is None
+    assert verdict["layer_window"] is None and verdict["uses_context_to"] == 32
     assert found["protocols"]["by_position"]["entries"][-1]["nats_per_token"] is None
     assert "not finite" in evaluation_table(found)
 
@@ -215,6 +252,33 @@ def test_attention_of_the_slope_alone_has_the_slopes_quantiles(found):
             assert keys == pytest.approx(math.log(1 - p) / -slope, rel=0.05, abs=0.3)
 
 
+def test_a_sink_is_part_of_what_the_bias_alone_has():
+    """With slope 1/2 the sink has 1 / (1 + 2.54) of all attention: 28%, so that 90% need all keys.
+
+    With slope 1/64 it has 1.5%, and 99% need all keys.
+    """
+    mass = evaluate(scorer(sink=True), wanted=("attention_mass",))["protocols"]["attention_mass"]
+    assert mass["sink"]
+    steep, flat = mass["heads"][:2]
+    assert steep["slope_keys"] == [3, 1024, 1024]
+    assert flat["slope_keys"][2] == 1024 > flat["slope_keys"][1] > math.log(10) * 64
+    for head in (steep, flat):
+        # Edges are a quarter octave apart, and the sink is beyond the last.
+        for keys, expected in zip(head["keys"], head["slope_keys"], strict=True):
+            assert expected / 2**0.25 - 1 <= keys <= 1.05 * expected + 0.3
+
+
+def test_attention_is_read_at_the_longest_length_that_is_computed_at_once_and_says_so():
+    said = []
+    config = dataclasses.replace(CONFIG, tokens_per_batch=300)
+    found = evaluate(scorer(), config=config, wanted=("attention_mass",), say=said.append)
+    assert found["protocols"]["attention_mass"]["length"] == 256
+    assert found["left_out"] == said and len(said) == 1
+    assert said[0].startswith(
+        "attention_mass is of 256 tokens, not 1024: it reads a window at once"
+    )
+
+
 def test_sliding_windows_score_the_same_targets_with_little_less_context(found):
     entries = found["protocols"]["sliding_window"]
     assert [entry["length"] for entry in entries] == [64, 128, 256, 512]
@@ -233,6 +297,39 @@ def test_loss_by_position_is_that_of_the_oracle(found):
     assert TRAINED in [entry["start"] for entry in entries]
     first = entries[0]["nats_per_token"]
     assert first - entries[-1]["nats_per_token"] == pytest.approx(0.05 * 6, abs=0.15)
+    assert [(a["stop"], a["length"]) for a in entries if a["stop"] in LENGTHS] == [
+        (length, length) for length in LENGTHS
+    ]
+
+
+def test_early_positions_are_means_over_all_tiles_of_the_shortest_length(found):
+    """7 windows of 1024 tokens are 112 tiles of 64, so a position is that of 112 texts."""
+    text = longest_windows(BOOKS, longest=1024, num_windows=8, packing="documents").tokens[:, 1:]
+    cost = (2 + (text % 50) / 50).reshape(7, -1)
+    for entry in found["protocols"]["by_position"]["entries"]:
+        start, stop, length = entry["start"], entry["stop"], entry["length"]
+        assert length == min(n for n in LENGTHS if n >= stop)
+        places = [at for at in range(1024) if start <= at % length < stop]
+        gained = 0.05 * np.log2(np.minimum(1 + np.array(places) % length, 64))
+        expected = (cost[:, places] - gained).mean()
+        assert entry["num_tokens"] == 7 * len(places)
+        assert entry["nats_per_token"] == pytest.approx(expected, rel=1e-6)
+        assert entry["interval"][0] < expected < entry["interval"][1]
+
+
+def test_the_curve_by_position_has_no_noise_of_the_text_at_the_training_length():
+    """Every sixteenth stretch of 64 tokens is cheap, at the same place in each longest window."""
+    place = np.arange(16 * 1025) % 1025
+    cheap = Split(np.where((place - 1) // 64 == 0, 100, 149), np.arange(17) * 1025)
+    model = scorer(lambda tokens, window: base(tokens))
+    config = dataclasses.replace(CONFIG, num_windows=16)
+    entries = evaluate(model, cheap, config=config, wanted=("by_position",))["protocols"][
+        "by_position"
+    ]["entries"]
+    within = [entry["nats_per_token"] for entry in entries if entry["stop"] <= 64]
+    assert np.ptp(within) < 1e-6
+    # One tile of sixteen is cheap: 2 nats in place of 2.98.
+    assert within[0] == pytest.approx((2 + 15 * 2.98) / 16, rel=1e-6)
 
 
 def test_what_the_data_cannot_serve_is_left_out_with_a_reason():
@@ -256,7 +353,7 @@ def test_one_document_has_a_verdict_without_intervals():
     found = evaluate(scorer(), split_of(3000))
     assert found["verdict"]["holds_to_interval"] is None
     assert found["verdict"]["uses_context_to_interval"] is None
-    assert "uses context to 64 tokens in every layer, " in found["verdict"]["text"]
+    assert "uses context to 64 tokens, " in found["verdict"]["text"]
     assert found["verdict"]["warning"] is None
 
 
@@ -284,8 +381,8 @@ def test_changes_by_length_are_those_of_the_oracle(found):
     ("interval", "words"),
     [
         ([32, 32], "at most 32 tokens"),
-        ([32, 128], "Uses context to 32 tokens [32, 128] in every layer"),
-        (None, "at most 32 tokens in"),
+        ([32, 128], "Uses context to 32 tokens [32, 128]."),
+        (None, "at most 32 tokens."),
     ],
 )
 def test_a_bound_is_not_claimed_against_its_own_interval(interval, words):

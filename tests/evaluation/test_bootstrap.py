@@ -1,5 +1,7 @@
 """Intervals cover what they should, no more and no less."""
 
+import math
+
 import numpy as np
 import pytest
 
@@ -8,8 +10,18 @@ from alibi_jax.evaluation.bootstrap import (
     interval,
     interval_of_a_length,
     resamples,
+    widened,
     wilson,
 )
+from alibi_jax.evaluation.judgement import held_to, used_to
+
+# Student's t: 97.5th percentiles of any printed table, by degrees of freedom.
+STUDENT = {1: 12.7062, 3: 3.18245, 5: 2.57058, 7: 2.36462, 9: 2.26216}
+
+
+def factor(num_documents):
+    """How much wider an interval has to be, from the printed tables."""
+    return STUDENT[num_documents - 1] / 1.959964 * math.sqrt(num_documents / (num_documents - 1))
 
 
 def test_document_sums_add_the_windows_of_a_document():
@@ -32,9 +44,52 @@ def test_interval_equals_a_plain_loop_over_drawn_documents():
     for row in counts:
         drawn = np.repeat(np.arange(6), row)
         ratios.append(losses[drawn].sum() / tokens[drawn].sum())
+    point = losses.sum() / tokens.sum()
     np.testing.assert_allclose(
-        interval(losses, tokens, counts), np.percentile(ratios, [2.5, 97.5]), rtol=1e-12
+        interval(losses, tokens, counts),
+        point + factor(6) * (np.percentile(ratios, [2.5, 97.5]) - point),
+        rtol=1e-5,
     )
+
+
+@pytest.mark.parametrize("num_documents", [2, 4, 10])
+def test_resamples_are_widened_as_students_t_says(num_documents):
+    drawn = np.array([[1.0, 5.0], [4.0, 5.0]])
+    expected = [2 - factor(num_documents), 2 + 2 * factor(num_documents)]
+    found = widened(np.array([2.0, np.inf]), drawn, num_documents)
+    np.testing.assert_allclose(found[:, 0], expected, rtol=1e-4)
+    np.testing.assert_array_equal(found[:, 1], 5)  # nothing to widen about
+
+
+@pytest.mark.parametrize("num_documents", [4, 10])
+def test_few_documents_cover_the_truth_as_often_as_many(num_documents):
+    rng = np.random.default_rng(4)
+    tokens, counts = np.ones(num_documents), resamples(num_documents, 1000)
+    covered = unwidened = 0
+    for values in rng.normal(2, 0.3, (2000, num_documents)):
+        low, high = interval(values, tokens, counts)
+        covered += low <= 2 <= high
+        low, high = np.percentile(counts @ values / num_documents, [2.5, 97.5])
+        unwidened += low <= 2 <= high
+    assert 0.93 <= covered / 2000 <= 0.97
+    assert unwidened < covered - 60
+
+
+@pytest.mark.parametrize("num_documents", [4, 10])
+def test_a_length_is_the_longest_in_few_documents_as_rarely_as_it_should(num_documents):
+    """The truth lies on the line between two lengths: one of them is sure one time in twenty."""
+    rng = np.random.default_rng(5)
+    counts = resamples(num_documents, 400)
+    sure = {"below": 0, "above": 0}
+    for _ in range(1000):
+        level = rng.normal(2, 0.3, num_documents)
+        change = level * 0.01 + rng.normal(0, 0.02, num_documents)
+        totals = np.stack([level, level + change])
+        low, high = interval_of_a_length(lambda drawn: held_to(drawn, (64, 128)), totals, counts)
+        sure["below"] += high == 64
+        sure["above"] += low == 128
+    assert 0.03 <= sum(sure.values()) / 1000 <= 0.075
+    assert min(sure.values()) > 10
 
 
 def simulate(rng, num_documents=30):
@@ -129,9 +184,10 @@ def test_interval_of_a_length_finds_it_in_every_resample():
     def below_two_percent(drawn):
         return np.array([64, 128, 256])[(drawn <= 1.02 * drawn[:, :1]).cumprod(axis=1).sum(1) - 1]
 
-    found = []
+    found, point = [], totals.sum(axis=1)
     for row in counts:
         nats = [sum(np.repeat(total, row)) for total in totals]
+        nats = point * (nats / point) ** factor(8)
         found.append(64 if nats[1] > 1.02 * nats[0] else 128 if nats[2] > 1.02 * nats[0] else 256)
     low, high = interval_of_a_length(below_two_percent, totals, counts)
     assert (low, high) == (64, 256)
@@ -149,4 +205,14 @@ def test_a_document_with_an_infinite_loss_matters_only_where_it_is_drawn():
         return np.zeros(len(drawn))
 
     interval_of_a_length(note, np.array([[1.0, np.inf]]), counts)
-    np.testing.assert_array_equal(seen[0][:, 0], [2, np.inf, np.inf])
+    np.testing.assert_allclose(seen[0][:, 0], [2, np.inf, np.inf])
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+def test_what_no_document_changes_has_a_sure_length_however_much_they_differ(scale):
+    """Two documents, of which one is all but empty: the ratio of losses is that of both."""
+    totals = scale * np.array([[9.0, 0.09], [8.0, 0.08], [8.0, 0.08]])
+    found = interval_of_a_length(
+        lambda drawn: used_to(drawn, (32, 64, 128)), totals, resamples(2, 100)
+    )
+    assert found == ([64, 64] if scale else [32, 32])

@@ -76,7 +76,10 @@ def test_an_estimate_by_hand():
         for j in range(3)
         for k in range(3)
     )
-    assert found["document_interval"] == [pytest.approx(ratios[0]), pytest.approx(ratios[-1])]
+    # Widened as for three documents: by t(2) / z * sqrt(3 / 2) about the mean.
+    mean, factor = pooled.sum() / tokens.sum(), TABLE[2] / 1.959964 * math.sqrt(3 / 2)
+    expected = [mean + factor * (ratio - mean) for ratio in (ratios[0], ratios[-1])]
+    assert found["document_interval"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_seeds_do_not_widen_the_interval_over_documents_nor_documents_that_over_seeds():

@@ -100,7 +100,7 @@ def test_verdicts_over_seeds(comparison):
     assert verdicts["alibi"]["holds_to"] == 64
     assert verdicts["alibi"]["text"] == (
         "holds to 64 (4x, the longest): +0.00% [+0.00%, +0.00%] over seeds, [+0.00%, +0.00%] over "
-        "documents; uses context to 32 in every layer"
+        "documents; uses context to 32"
     )
     assert verdicts["alibi"]["uses_context_to_seeds"] == [32, 32, 32]
     assert verdicts["breaks"]["holds_to"] == 16

@@ -8,6 +8,7 @@ from alibi_jax.evaluation import EvaluationConfig
 
 def test_defaults_are_valid_at_128_tokens():
     EvaluationConfig().validate(128)
+    EvaluationConfig(num_targets=64).validate(129)
     assert EvaluationConfig().lengths(128) == (128, 256, 512, 1024, 2048, 4096)
 
 
@@ -29,7 +30,7 @@ def test_windows_in_chunks_may_be_longer_than_what_is_computed_at_once():
         ({"multiples": (1, -2)}, "-2 after 1"),
         ({"num_windows": 0}, "num_windows=0"),
         ({"num_targets": 0}, "num_targets=0"),
-        ({"num_targets": 129}, "training length, 128"),
+        ({"num_targets": 65}, "at most 64, half the training length"),
         ({"tokens_per_batch": 4095}, "one window of 4096"),
         ({"num_bootstrap": 99}, "at least 100"),
         ({"num_trials": 0}, "num_trials=0"),

@@ -343,7 +343,7 @@ def test_what_alibi_eval_writes_is_shown(tmp_path):
     shown = opened(directory)
     card = shown.all("article")[0]["text"]
     assert "256 tokens[256, 256]fixed targets" in card  # holds, and retrieves
-    assert "64 tokens[64, 64]truncation" in card
+    assert "64 tokens[64, 64]truncated input" in card
     assert found["verdict"]["warning"] in card
     entries = found["protocols"]["truncation"]
     header, row = shown.cells("Bits per byte with truncated attention")

@@ -91,11 +91,42 @@ def entry(length, change, interval):
 )
 def test_warning(fixed, whole, warned):
     rows = [[entry(128, 0, [0, 0]), entry(256, *change)] for change in (whole, fixed)]
-    text = warning(*rows, 256)
+    text = warning(*rows)
     assert (text is not None) == warned
     if warned:
-        assert "at 256 tokens their loss changes by -2.00%, but on the same targets" in text
-    assert warning(*rows, None) is None
+        assert (
+            "at 256 tokens their loss changes by -2.00% [-2.50%, -1.50%], but on the same" in text
+        )
+    assert warning(*(row[:1] for row in rows)) is None
+
+
+MISLEADING = ((0.001, [-0.002, 0.004]), (-0.04, [-0.05, -0.03]))
+FAIR = ((-0.03, [-0.04, -0.02]), (-0.04, [-0.05, -0.03]))
+BROKEN = (
+    (0.5, [0.4, 0.6]),
+    (-0.01, [-0.02, -0.005]),
+)  # it does not hold, and still the curve falls
+
+
+@pytest.mark.parametrize(
+    ("by_length", "named"),
+    [
+        ((MISLEADING, MISLEADING, MISLEADING), 1024),
+        ((MISLEADING, FAIR, FAIR), 256),
+        ((FAIR, MISLEADING, FAIR), 512),
+        ((FAIR, FAIR, BROKEN), 1024),
+        ((FAIR, FAIR, FAIR), None),
+    ],
+)
+def test_the_longest_length_that_misleads_is_named(by_length, named):
+    fixed, whole = (
+        [entry(128, 0, [0, 0])]
+        + [entry(256 << i, *change[which]) for i, change in enumerate(by_length)]
+        for which in (0, 1)
+    )
+    text = warning(whole, fixed)
+    assert (text is None) == (named is None)
+    assert named is None or f"at {named} tokens" in text
 
 
 def test_what_was_not_measured_is_none():

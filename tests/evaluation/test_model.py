@@ -9,9 +9,13 @@ from flax import nnx
 from alibi_jax.bias import slopes
 from alibi_jax.evaluation import Windows
 from alibi_jax.evaluation.bootstrap import resamples
-from alibi_jax.evaluation.judgement import context_use
+from alibi_jax.evaluation.judgement import enough
 from alibi_jax.evaluation.model import chunk_length, make_scorer, slopes_of
-from alibi_jax.evaluation.protocols import truncated_losses, truncation_windows
+from alibi_jax.evaluation.protocols import (
+    sliding_losses,
+    truncated_losses,
+    truncation_windows,
+)
 from alibi_jax.models import Decoder, DecoderConfig
 
 
@@ -61,6 +65,8 @@ def test_slopes_are_those_of_the_layers():
     assert slopes_of(decoder_of("rotary"), 64) is None
     some = slopes_of(decoder_of("alibi", alibi_heads=1, sink=True), 64)
     np.testing.assert_array_equal(some, [[slopes(1)[0], 0]] * 2)
+    assert make_scorer(decoder_of("alibi", sink=True), 64).sink
+    assert not make_scorer(decoder_of("alibi"), 64).sink
     dynamic = decoder_of("alibi", length_scaling="dynamic", trained_length=16)
     np.testing.assert_allclose(slopes_of(dynamic, 64), np.tile(slopes(2) / 4, (2, 1)), rtol=1e-6)
 
@@ -76,21 +82,19 @@ def test_attention_mass_of_a_decoder_that_reads_nothing_is_that_of_its_slopes():
     np.testing.assert_allclose(mass, np.broadcast_to(bins, mass.shape), atol=1e-6)
 
 
-REACH = 64
-
-
-@pytest.fixture(scope="module")
-def sampled():
-    """A decoder, and text drawn from it while its layers see only the nearest `REACH` keys.
+@pytest.fixture(scope="module", params=[(1, 64), (2, 32)])
+def sampled(request):
+    """A decoder, and text drawn from it while its layers see only so many of the nearest keys.
 
     No model has a lower expected loss on this text than the one that it is from (Gibbs).
     """
-    decoder = decoder_of("none", num_layers=1, logit_scale=8.0)
+    num_layers, reach = request.param
+    decoder = decoder_of("none", num_layers=num_layers, logit_scale=8.0)
     decoder.blocks.attention.out.kernel[...] *= 8.0
 
     @jax.jit
     def draw(tokens, index, key):
-        hidden = decoder.hidden(tokens, window=REACH)
+        hidden = decoder.hidden(tokens, window=reach)
         last = jax.lax.dynamic_slice_in_dim(hidden, index - 1, 1, axis=1)
         drawn = jax.random.categorical(key, decoder.logits(last)[:, 0])
         return jax.lax.dynamic_update_slice(tokens, drawn.astype(jnp.int32)[:, None], (0, index))
@@ -98,32 +102,38 @@ def sampled():
     tokens = jnp.zeros((12, 129), jnp.int32)
     for index in range(1, 129):
         tokens = draw(tokens, index, jax.random.fold_in(jax.random.key(0), index))
-    return decoder, Windows(np.asarray(tokens), np.arange(12), "document")
+    windows = Windows(np.asarray(tokens), np.arange(12), "document")
+    return num_layers, reach, make_scorer(decoder, 512).losses, windows
+
+
+SCORED = {"num_targets": 64, "tokens_per_batch": 4096, "progress": lambda count: None}
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_decoder_is_found_to_use_what_its_text_was_made_of(sampled, wrapped):
-    decoder, windows = sampled
-    losses = make_scorer(decoder, 512).losses
+    num_layers, reach, losses, windows = sampled
 
     def truncated(tokens, window):
         """The decoder, truncated on purpose."""
-        return losses(tokens, min(window or REACH, REACH))
+        return losses(tokens, min(window or reach, reach))
 
-    found = {
-        window or 128: truncated_losses(
-            truncated if wrapped else losses,
-            windows,
-            window,
-            num_targets=64,
-            tokens_per_batch=4096,
-            progress=lambda count: None,
-        )
+    counts = resamples(12, 200)
+    of_layers = {
+        window or 128: truncated_losses(truncated if wrapped else losses, windows, window, **SCORED)
         for window in truncation_windows(128)
     }
-    assert list(found) == [32, 64, 128]
-    use = context_use(found, windows.document, resamples(12, 200))
-    assert use["uses_context_to"] == REACH
-    assert use["uses_context_to_interval"] == [REACH, REACH]
-    if wrapped:
-        np.testing.assert_array_equal(found[64], found[128])
+    assert list(of_layers) == [32, 64, 128]
+    use = enough("layer_window", of_layers, windows.document, counts)
+    assert use == {"layer_window": reach, "layer_window_interval": [reach, reach]}
+    if not wrapped or num_layers == 1:
+        return
+    np.testing.assert_array_equal(of_layers[32], of_layers[128])
+    # Two layers see 2 * 31 + 1 tokens, although neither sees more than 32.
+    of_input = {
+        length: sliding_losses(
+            lambda tokens: truncated(tokens, None), windows, length, stride=stride, **SCORED
+        )
+        for length, stride in ((32, 1), (64, 1), (128, 64))  # all of C tokens for every target
+    }
+    use = enough("uses_context_to", of_input, windows.document, counts)
+    assert use == {"uses_context_to": 64, "uses_context_to_interval": [64, 64]}

@@ -7,14 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file, train_bpe
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import (
     Windows,
+    bytes_per_token,
     evaluate,
     longest_windows,
     supported_lengths,
     token_losses,
 )
+from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
+from alibi_jax.evaluation.protocols import input_strides, sliding_losses
 
 
 @dataclasses.dataclass
@@ -75,11 +79,42 @@ def test_windows_are_spread_evenly_over_documents_and_within_one():
     assert starts(longest_windows(one, longest=10, num_windows=2, packing="documents")) == [20, 70]
 
 
-def test_stream_windows_cross_documents_and_are_their_own_units():
+def test_stream_windows_cross_documents():
     windows = longest_windows(split_of(*[7] * 10), longest=20, num_windows=9, packing="stream")
     assert starts(windows) == [0, 20, 40]  # 70 tokens hold 3 windows of 20 targets
     assert windows.document.tolist() == [0, 1, 2]
-    assert windows.unit == "piece"
+    assert windows.unit == "block"
+
+
+@pytest.mark.parametrize(
+    ("num_windows", "sizes"),
+    [(1, [1]), (2, [1, 1]), (7, 7 * [1]), (8, 4 * [2]), (26, 13 * [2]), (64, 16 * [4])],
+)
+def test_blocks_of_a_stream_hold_the_cube_root_of_all_its_windows(num_windows, sizes):
+    split = split_of(64 * 20 + 1)
+    windows = longest_windows(split, longest=20, num_windows=num_windows, packing="stream")
+    assert np.bincount(windows.document).tolist() == sizes
+    assert (np.diff(windows.document) >= 0).all()  # consecutive
+
+
+def test_blocks_cover_the_mean_of_a_stream_better_than_single_pieces():
+    """Losses of neighbours correlate by a half: an article often ends in the piece after."""
+    rng, pieces = np.random.default_rng(0), 27
+    blocks = longest_windows(
+        split_of(pieces * 20 + 1), longest=20, num_windows=pieces, packing="stream"
+    ).document
+    covered = {"blocks": 0, "pieces": 0}
+    counts = {n: resamples(n, 400) for n in (9, pieces)}
+    for _ in range(500):
+        noise = rng.normal(size=pieces + 1)
+        losses = (2 + noise[1:] + noise[:-1])[:, None]
+        for name, document in (("blocks", blocks), ("pieces", np.arange(pieces))):
+            nats = document_sums(losses, document)
+            tokens = document_sums(np.ones_like(losses), document)
+            low, high = interval(nats, tokens, counts[len(nats)])
+            covered[name] += low <= 2 <= high
+    assert covered["blocks"] >= 0.9 * 500
+    assert covered["pieces"] <= 0.87 * 500
 
 
 def test_text_without_a_single_window_is_refused():
@@ -145,6 +180,42 @@ def test_every_token_is_scored_once_with_its_own_tile_as_context(length, tokens_
             assert contexts[target] == row[position - position % length]
 
 
+@pytest.mark.parametrize(("longest", "num_targets"), [(1024, 64), (96, 48), (128, 5), (512, 200)])
+def test_truncated_inputs_score_the_same_targets_with_nearly_all_of_their_context(
+    longest, num_targets
+):
+    split = split_of(longest + 1, 3 * longest)
+    windows = longest_windows(split, longest=longest, num_windows=3, packing="documents")
+    strides = input_strides(longest, num_targets)
+    lengths = list(strides)
+    assert lengths[:-1] == [32 << i for i in range(9) if 32 << i <= longest - num_targets]
+    assert lengths[-1] == longest
+    for length, stride in strides.items():
+        contexts, computed = {}, []
+
+        def loss_fn(tokens, contexts=contexts, stride=stride):
+            for row in tokens:
+                contexts.update((target, target - row[0]) for target in row[-stride:].tolist())
+            return tokens[:, 1:].astype(np.float32)
+
+        losses = sliding_losses(
+            loss_fn,
+            windows,
+            length,
+            stride=stride,
+            num_targets=num_targets,
+            tokens_per_batch=500,
+            progress=computed.append,
+        )
+        # A token is its own place.
+        np.testing.assert_array_equal(losses, windows.tokens[:, -num_targets:])
+        seen = [contexts[target] for target in losses.ravel()]
+        assert max(seen) == length and min(seen) >= length - stride + 1
+        if length < longest:
+            assert min(seen) > length * 15 / 16
+            assert sum(computed) <= len(windows.tokens) * (16 * num_targets + length)
+
+
 @pytest.mark.parametrize("batch_multiple", [1, 8])
 def test_each_length_compiles_once_and_bounds_the_batch(batch_multiple):
     windows = longest_windows(split_of(1000, 900), longest=64, num_windows=5, packing="documents")
@@ -163,6 +234,26 @@ def test_each_length_compiles_once_and_bounds_the_batch(batch_multiple):
         np.testing.assert_array_equal(values, windows.tokens[:, 1:])
     expected = {1: [8, 4, 2], 8: [8, 8, 8]}[batch_multiple]
     assert shapes == [(rows, n + 1) for rows, n in zip(expected, (16, 32, 64), strict=True)]
+
+
+@pytest.mark.parametrize("length", [16, 17, 18, 19])
+@pytest.mark.parametrize("character", ["a", "é", "€", "𝄞", "a€b𝄞", "a\ufffd"])
+def test_a_byte_is_a_byte_wherever_windows_cut_a_character(length, character):
+    tokens = ByteTokenizer().encode_batch([200 * character])[0]
+    rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1).astype(np.int32)
+    for row in rows[:16]:  # from every byte of a character
+        windows = Windows(row[None], np.zeros(1, np.int64), "document")
+        assert bytes_per_token(windows, ByteTokenizer().decode) == 1
+
+
+def test_bytes_per_token_are_those_of_the_text_and_separators_have_none(tmp_path):
+    text = "the key is ålså 12 34 the the ab " * 9
+    train_bpe(iter([text]), 280, tmp_path / "bpe.json")
+    bpe = load_tokenizer_file(tmp_path / "bpe.json")
+    ids = bpe.encode_batch([text])[0]
+    row = np.array([bpe.separator, *ids, bpe.separator], np.int32)[None]
+    windows = Windows(row, np.zeros(1, np.int64), "document")
+    assert bytes_per_token(windows, bpe.decode) == len(text.encode()) / (len(ids) + 1)
 
 
 def test_few_tiles_do_not_make_a_large_batch():

@@ -88,6 +88,12 @@ def test_one_document_claims_no_gain():
     assert "gain" not in text
 
 
+@pytest.mark.parametrize(("num_documents", "few"), [(2, True), (9, True), (10, False)])
+def test_few_documents_are_named_once(num_documents, few):
+    text = judge([(0, (0, 0))], num_documents=num_documents)["text"]
+    assert text.count(f"only {num_documents} documents") == few
+
+
 @pytest.mark.parametrize(
     ("fraction", "text"),
     [(0.0005, "+0.05%"), (-0.1234, "-12.3%"), (43.1, "+4,310%"), (-1e-9, "+0.00%")],

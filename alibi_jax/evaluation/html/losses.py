@@ -210,7 +210,7 @@ def small(content: str) -> Html:
 
 
 def positions(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
-    """The loss at each position of the longest windows."""
+    """The loss at each position of a window."""
     found = [(run, data) for run, data in protocol(runs, "by_position") if data["entries"]]
     curves = [
         Line(
@@ -230,8 +230,8 @@ def positions(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
         [
             tag(
                 "p",
-                "The mean over ranges of positions in the longest windows. Texts differ between "
-                "positions, so small bumps are of the text.",
+                "The mean over ranges of positions, in all windows of the shortest length that has "
+                "them. Far positions are of few texts, so small bumps there are of the text.",
             ),
             chart(
                 curves,

@@ -1,0 +1,34 @@
+"""What the tables print of numbers that are not known or differ between layers."""
+
+from alibi_jax.evaluation.tables import evaluation_table
+
+
+def table_of(protocols, **verdict):
+    return evaluation_table(
+        {
+            "protocols": protocols,
+            "train_length": 64,
+            "num_targets": 8,
+            "num_windows": 3,
+            "num_documents": 3,
+            "unit": "document",
+            "verdict": {"text": "Nothing.", "warning": None, **verdict},
+        }
+    )
+
+
+def test_keys_are_medians_over_the_layers_where_they_are_known():
+    layers = {
+        0: [(None, [1, 2]), ([1, 4.0], [3, 8]), ([2, 9.0], None)],
+        1: [(None, None)] * 3,
+    }
+    heads = [
+        {"layer": layer, "head": head, "keys": keys or [None, None], "slope_keys": slope_keys}
+        for head, of_layers in layers.items()
+        for layer, (keys, slope_keys) in enumerate(of_layers)
+    ]
+    mass = {"quantiles": [0.5, 0.9], "length": 64, "heads": heads}
+    rows = table_of({"attention_mass": mass}).splitlines()
+    # Of 4 and 9, and of 2 and 8: halfway.
+    assert rows[1].split() == ["measured", "6", "-"]
+    assert rows[2].split() == ["bias", "alone", "5", "-"]

@@ -7,10 +7,10 @@ of a ratio, and every length, come from the same resamples, so a change between 
 and its interval far tighter than that of either loss.
 
 Percentile intervals of few documents are too narrow: resamples spread like a variance over n, not
-n - 1, and their quantiles are a normal's, not Student's (Hesterberg, The American Statistician 69,
-2015, section 4.2). So whatever is read off resamples is read off widened ones, which lie further
-from the point estimate by a factor of t(n - 1) / z * sqrt(n / (n - 1)) at 97.5%: 1.9 with 4
-documents, 1.2 with 10, 1.02 with 100.
+n - 1, and their quantiles are a normal's, not Student's (Hesterberg, What Teachers Should Know
+About the Bootstrap, The American Statistician 69, 2015). So whatever is read off resamples is read
+off widened ones, which lie further from the point estimate by a factor of
+t(n - 1) / z * sqrt(n / (n - 1)) at 97.5%: 1.9 with 4 documents, 1.2 with 10, 1.02 with 100.
 """
 
 import math

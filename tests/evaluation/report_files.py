@@ -96,8 +96,11 @@ def evaluated(directory, position="alibi", growth=0.0, **model):
             "length": 64,
             "entries": [{"start": a, "stop": b, **level} for a, b in ((0, 8), (8, 16), (16, 64))],
         },
+        "truncated_input": [
+            {"context": context, "least_context": 1, **level, **change} for context in (32, 64)
+        ],
         "truncation": [
-            {"window": window, "length": 64, **level, **change} for window in (32, 48, None)
+            {"window": window, "length": 64, **level, **change} for window in (32, 48, 64)
         ],
         "attention_mass": {
             "length": 64,
@@ -117,7 +120,7 @@ def evaluated(directory, position="alibi", growth=0.0, **model):
         "holds_to_protocol": "fixed_targets",
         "uses_context_to": 32,
         "uses_context_to_interval": [32, 48],
-        "uses_context_to_protocol": "truncation",
+        "uses_context_to_protocol": "truncated_input",
         "retrieves_to": 0,
         "retrieves_to_interval": [0, 16],
         "retrieves_to_protocol": "needle",

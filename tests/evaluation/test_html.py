@@ -123,7 +123,7 @@ def test_verdicts_come_with_interval_protocol_and_warning(two):
     cards = [e["text"] for e in opened(*two).all("article")]
     for said in (
         "64 tokens[32, 64]fixed targets",
-        "32 tokens[32, 48]truncation",
+        "32 tokens[32, 48]truncated input",
         "no length[0, 16]needle",
         "Warning: nonoverlapping windows alone would mislead",
     ):
@@ -138,6 +138,7 @@ def test_other_protocols_are_shown(two):
     assert needle[0] == ["tokens", "depth 0%", "depth 50%", "depth 100%"]
     assert needle[3] == ["64", *3 * ["25%[10%, 50%]"]]
     assert found.cells("Pairs recalled")[1] == ["alibi", *2 * ["100%[90%, 100%]"], "25%[10%, 50%]"]
+    assert found.cells("Bits per byte with the input cut")[0] == ["", "C = 32", "C = 64"]
     truncation = found.cells("Bits per byte with truncated attention")
     assert truncation[0] == ["", "W = 32", "W = 48", "W = 64"]
     assert truncation[1][1].endswith("+1.00% [+0.50%, +1.50%]")
@@ -345,11 +346,15 @@ def test_what_alibi_eval_writes_is_shown(tmp_path):
     assert "256 tokens[256, 256]fixed targets" in card  # holds, and retrieves
     assert "64 tokens[64, 64]truncated input" in card
     assert found["verdict"]["warning"] in card
-    entries = found["protocols"]["truncation"]
-    header, row = shown.cells("Bits per byte with truncated attention")
-    assert header[1:] == [f"W = {entry['window'] or entry['length']:,}" for entry in entries]
-    for cell, entry in zip(row[1:], entries, strict=True):
-        assert cell.startswith(f"{entry['bits_per_byte']:.4f}")
+    for name, field, symbol, caption in (
+        ("truncated_input", "context", "C", "Bits per byte with the input cut"),
+        ("truncation", "window", "W", "Bits per byte with truncated attention"),
+    ):
+        entries = found["protocols"][name]
+        header, row = shown.cells(caption)
+        assert header[1:] == [f"{symbol} = {entry[field]:,}" for entry in entries]
+        for cell, entry in zip(row[1:], entries, strict=True):
+            assert cell.startswith(f"{entry['bits_per_byte']:.4f}")
     needle = {
         (e["length"], e["depth"]): e["accuracy"] for e in found["protocols"]["needle"]["entries"]
     }

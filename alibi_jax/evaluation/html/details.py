@@ -28,12 +28,12 @@ def attention(runs: Sequence[Run]) -> Html | None:
         tag(
             "p",
             "How many of the nearest keys hold half, 90% and 99% of the attention of each head, "
-            "and how many would if only its slope decided.",
+            "and how many would if only its bias decided.",
         )
     ]
     for run, data in found:
         header = ["layer, head", *(f"{q:.0%}" for q in data["quantiles"]), "slope"]
-        header += [f"{q:.0%}, slope alone" for q in data["quantiles"]]
+        header += [f"{q:.0%}, bias alone" for q in data["quantiles"]]
         rows = []
         for head in data["heads"]:
             alone = head["slope_keys"] or [None] * len(data["quantiles"])

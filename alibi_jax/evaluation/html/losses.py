@@ -246,39 +246,66 @@ def positions(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
 
 
 def truncation(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
-    """The loss with all keys beyond a distance masked."""
-    found = protocol(runs, "truncation")
+    """The loss with the input cut, and with all keys beyond a distance masked."""
+    parts = [
+        _cut(
+            runs,
+            style,
+            "truncated_input",
+            "context",
+            "The loss on fixed targets with no more than the last C tokens as input, against the "
+            "whole input (the last column). Where the curve reaches zero, longer inputs stop "
+            "helping; where it is below, they do harm.",
+            ("C", "the input cut", "the whole input"),
+        ),
+        _cut(
+            runs,
+            style,
+            "truncation",
+            "window",
+            "The same with the whole input, but every key at a distance of W or more masked in all "
+            "layers: how far back a layer has to see. Layers pass on what they saw.",
+            ("W", "truncated attention", "no mask"),
+        ),
+    ]
+    found = [part for part in parts if part is not None]
+    return join(found) if found else None
+
+
+def _cut(
+    runs: Sequence[Run],
+    style: Mapping[str, int],
+    name: str,
+    setting: str,
+    text: str,
+    words: tuple[str, str, str],
+) -> Html | None:
+    """One way to cut: the protocol's `name`, its field `setting`, and the words of the captions."""
+    found = protocol(runs, name)
     if not found:
         return None
+    symbol, cut, whole = words
     curves, rows = [], []
     for run, entries in found:
-        windows = [entry["window"] or entry["length"] for entry in entries]
+        settings = [entry[setting] for entry in entries]
         changes = [_times(100, entry["relative_change"]) for entry in entries]
         curves.append(
-            Line(run.group, list(zip(windows, changes, strict=True)), (), style[run.group])
+            Line(run.group, list(zip(settings, changes, strict=True)), (), style[run.group])
         )
         cells = [lines(number(entry["bits_per_byte"]), small(_change(entry))) for entry in entries]
-        rows.append((run.name, dict(zip(windows, cells, strict=True))))
-    columns = sorted({window for _, cells in rows for window in cells})
-    parts = [
-        tag(
-            "p",
-            "The loss on fixed targets with every key at a distance of W or more masked in all "
-            "layers, against no mask (the last column). Where the curve reaches zero, more "
-            "context stops helping; where it is below, context beyond W does harm.",
-        )
-    ]
+        rows.append((run.name, dict(zip(settings, cells, strict=True))))
+    columns = sorted({value for _, cells in rows for value in cells})
+    parts = [tag("p", text)]
     if _known_limits(curves):
         low, high = limits(curves)
-        axis = Axis("change of the loss (%)", "symlog" if max(-low, high) > 20 else "linear")
-        window = Axis("W (tokens)", "log", tokens)
-        parts += [chart(curves, window, axis, title="Loss with truncated attention")]
-        parts.append(legend(curves))
+        change = Axis("change of the loss (%)", "symlog" if max(-low, high) > 20 else "linear")
+        axis = Axis(f"{symbol} (tokens)", "log", tokens)
+        parts += [chart(curves, axis, change, title=f"Loss with {cut}"), legend(curves)]
     parts.append(
         table(
-            "Bits per byte with truncated attention, and the change against no mask",
-            ["", *(f"W = {window:,}" for window in columns)],
-            [[name, *(cells.get(w, MISSING) for w in columns)] for name, cells in rows],
+            f"Bits per byte with {cut}, and the change against {whole}",
+            ["", *(f"{symbol} = {value:,}" for value in columns)],
+            [[name, *(cells.get(value, MISSING) for value in columns)] for name, cells in rows],
         )
     )
     return join(parts)

@@ -270,20 +270,31 @@ def test_error_at_the_default_tolerance_is_that_of_dense(causal):
     assert 0 < error["blockwise"] <= 1.1 * error["dense"] < 1e-6
 
 
-def test_queries_in_the_middle_of_a_cache_leave_out_as_much():
-    """As much as in a row that ends with them; the keys after them are not filled in yet."""
+@pytest.mark.parametrize("beyond", [0.0, 1e4, np.nan])
+@pytest.mark.parametrize("hidden_by", ["causality", "segments"])
+def test_queries_in_the_middle_of_a_cache_leave_out_as_much(beyond, hidden_by):
+    """As in a row that ends with them: what is in slots not filled yet moves neither mean nor norm.
+
+    The keys have a large common part, and the row is long enough for it to spoil the bound.
+    """
     rng = np.random.default_rng(0)
     query, key = (normal(rng, 1, n, 2, 16) for n in (128, 2048))
+    key += 20 * normal(rng, 16)
     m = np.array([0.5, 0.25])
     filled = 1024
-    short_first, short_end = kept_ranges(query, key[:, :filled], m, 1e-7)
+    expected = kept_ranges(query, key[:, :filled], m, 1e-7)
+    assert (expected[0] >= filled - 512).all()
+    key[:, filled:] = beyond
     at = np.arange(filled - 128, filled)[None]
-    first, end = kept_ranges(query, key, m, 1e-7, query_positions=at)
-    assert (first >= filled - 512).all()
-    # The mean key, which both take the norms from, is another: a tile more or less.
-    np.testing.assert_allclose(first, short_first, atol=TILES["key_tile"])
-    np.testing.assert_array_equal(end, short_end)
-    assert worst_dropped(query, key, m, 1e-7, query_positions=at) <= 1e-7
+    tokens = {"query_positions": at, "key_positions": np.arange(2048)[None]}
+    if hidden_by == "segments":
+        tokens["key_positions"] = tokens["key_positions"] % filled
+        tokens["segment_ids"] = np.ones((1, 128), int)
+        tokens["key_segment_ids"] = np.arange(2048)[None] // filled + 1
+    got = kept_ranges(query, key, m, 1e-7, **tokens)
+    np.testing.assert_array_equal(got, expected)
+    key[:, filled:] = np.nan_to_num(beyond)
+    assert worst_dropped(query, key, m, 1e-7, **tokens) <= 1e-7
 
 
 def test_where_positions_start_anew_as_much_is_left_out():

@@ -289,6 +289,10 @@ def test_kernels_refuse_all_but_slopes(name, beyond):
     assert choice.choose(case._replace(beyond_slopes=beyond, batch=8)) == "blockwise"
 
 
+def flat(p, distance, query_position=None):
+    return p * jnp.ones_like(distance, p.dtype)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
@@ -299,6 +303,23 @@ def test_kernels_refuse_all_but_slopes(name, beyond):
         ({"bias": LinearBias(-jnp.ones(4))}, ValueError, "head 0 has -1.0"),
         ({"bias": DistanceBias(log, {"p": jnp.ones(4), "a": jnp.ones(3)})}, ValueError, "[4, ...]"),
         ({"bias": DistanceBias(log, {"p": jnp.ones(4, int)})}, TypeError, "got int32"),
+        (
+            {"bias": DistanceBias(lambda p, d, i: p, jnp.ones(4))},
+            ValueError,
+            "function of a DistanceBias must return an array of the shape of the distances and the "
+            "dtype of the params, float32[2, 3] for int32[2, 3]; got float32[]",
+        ),
+        (
+            {"bias": DistanceBias(lambda p, d, i: d, jnp.ones(4))},
+            ValueError,
+            "float32[2, 3] for int32[2, 3]; got int32[2, 3]",
+        ),
+        ({"bias": DistanceBias(lambda p, d, i: None, jnp.ones(4))}, ValueError, "got None"),
+        (
+            {"bias": DistanceBias(flat, jnp.ones(4), upper=lambda p, d: flat(p, d)[0])},
+            ValueError,
+            "the upper of a DistanceBias must return",
+        ),
         (
             {"bias": PrefixBias.from_log_gates(jnp.ones((2, 5, 4)))},
             ValueError,

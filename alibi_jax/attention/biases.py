@@ -290,10 +290,10 @@ def as_bias(
             raise TypeError(
                 f"the arrays of a {type(bias).__name__} must be floating, got {leaf.dtype}"
             )
-    bias = jax.tree.map(lambda x: x.astype(float_dtype(dtype)), bias)
-    if isinstance(bias, DistanceBias):
-        _check_functions(bias, float_dtype(dtype))
-    return bias
+    wide: Bias = jax.tree.map(lambda x: x.astype(float_dtype(dtype)), bias)
+    if isinstance(wide, DistanceBias):
+        _check_functions(wide, float_dtype(dtype))
+    return wide
 
 
 def _check_functions(bias: DistanceBias, dtype: jnp.dtype) -> None:

@@ -62,6 +62,7 @@ def test_config(path):
     assert re.search(rf"--config=configs/{pathlib.Path(file).name}", header)
     assert variant in header
     model = config.model
+    assert model.embed_scale == model.embed_dim**0.5  # or sinusoids of amplitude 1 drown the tokens
     if model.vocab_size is None:
         model = dataclasses.replace(model, vocab_size=vocab_size(config))
     assert model.vocab_size >= vocab_size(config)

@@ -1,5 +1,6 @@
 """What a user meets first: the import, the README's code, the shipped examples of commands."""
 
+import doctest
 import re
 import subprocess
 import sys
@@ -21,6 +22,17 @@ def test_public_names():
     for name in alibi_jax.__all__:
         assert callable(getattr(alibi_jax, name))
         assert getattr(alibi_jax, name).__doc__
+
+
+def test_examples_in_docstrings_run():
+    """Each by itself, so that whoever copies one has all of it."""
+    examples = {}
+    for name in alibi_jax.__all__:
+        for test in doctest.DocTestFinder().find(getattr(alibi_jax, name), name, globs={}):
+            assert doctest.DocTestRunner().run(test).failed == 0, test.name
+            examples[test.name] = len(test.examples)
+    for name in ("DistanceBias", "LinearBias", "PrefixBias", "prefix_sums"):
+        assert examples[name] > 1
 
 
 def test_code_in_the_readme_runs():

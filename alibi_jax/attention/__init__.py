@@ -65,8 +65,8 @@ def attention(
         `h // (H // K)` (grouped queries).
       value: [B, S, K, Dv], of the same dtype; Dv may differ from D.
       slopes: floating [H], finite and at least 0: one for each query head. See `alibi_jax.slopes`.
-        Or another bias: a `LinearBias`, `DistanceBias` or `PrefixBias` of
-        `alibi_jax.attention.biases`. "dense" and "blockwise" can do all of them.
+        Or another bias: an `alibi_jax.LinearBias`, `DistanceBias` or `PrefixBias`. "dense" and
+        "blockwise" can do all of them.
       causal: whether a query sees only keys whose position is not after its own. If not, it sees
         all, and the distance is `|query_position - key_position|`.
       scale: scalar factor of `query.key`; 1/sqrt(D) if None.

@@ -50,6 +50,14 @@ class Parts(NamedTuple):
 class LinearBias:
     """ALiBi: `-slope * distance` (Press, Smith, Lewis, ICLR 2022, section 3).
 
+    Slopes alone mean the same; this one can have a sink:
+
+    >>> import jax.numpy as jnp
+    >>> from alibi_jax import LinearBias, attention, slopes
+    >>> x = jnp.ones((1, 64, 2, 16))
+    >>> attention(x, x, x, LinearBias(slopes(2), sink=True)).shape
+    (1, 64, 2, 16)
+
     Attributes:
       slopes: floating [H], finite and at least 0.
       sink: whether the first key of the row (index 0) is at distance 0 from every query: no
@@ -91,6 +99,17 @@ class LinearBias:
 @dataclass(frozen=True)
 class DistanceBias:
     """Any function of the distance, with parameters a head.
+
+    One that falls everywhere is its own bound, and far keys then cost nothing at any length:
+
+    >>> import jax.numpy as jnp
+    >>> from alibi_jax import DistanceBias, attention
+    >>> def log(p, distance, query_position=None):
+    ...     return -p * jnp.log1p(distance.astype(p.dtype))
+    >>> bias = DistanceBias(log, params=jnp.array([4.0, 2.0]), upper=log)
+    >>> x = jnp.ones((1, 64, 2, 16))
+    >>> attention(x, x, x, bias).shape
+    (1, 64, 2, 16)
 
     Attributes:
       function: `(params of one head, distance i32[t, s], query_position i32[t, 1]) -> f32[t, s]`.
@@ -150,7 +169,14 @@ class PrefixBias:
 
     With c the cumulative sum of log forget gates it is the log of all gates from key j on, j
     excluded, up to query i: what is left of the key (arXiv:2503.02130, section 3). Made by
-    `from_log_gates`, or of parts where prefixes of earlier keys are cached.
+    `from_log_gates`, or of parts where prefixes of earlier keys are cached (`prefix_sums`).
+
+    >>> import jax, jax.numpy as jnp
+    >>> from alibi_jax import PrefixBias, attention
+    >>> x = jnp.ones((1, 64, 2, 16))
+    >>> log_gates = jax.nn.log_sigmoid(jax.random.normal(jax.random.key(0), (1, 64, 2)))
+    >>> attention(x, x, x, PrefixBias.from_log_gates(log_gates)).shape
+    (1, 64, 2, 16)
 
     Softmax ignores what a whole row shares, so the derivative in the query's side is 0, and is
     given as 0.
@@ -228,7 +254,8 @@ def as_bias(
 
     Raises:
       TypeError: something is not floating.
-      ValueError: a shape does not fit, or slopes have a value that is not allowed.
+      ValueError: a shape does not fit, slopes have a value that is not allowed, or the functions
+        of a DistanceBias do not return one number for each distance.
     """
     if isinstance(bias, PrefixBias):
         for name, prefix, length in zip(
@@ -263,7 +290,27 @@ def as_bias(
             raise TypeError(
                 f"the arrays of a {type(bias).__name__} must be floating, got {leaf.dtype}"
             )
-    return jax.tree.map(lambda x: x.astype(float_dtype(dtype)), bias)
+    wide: Bias = jax.tree.map(lambda x: x.astype(float_dtype(dtype)), bias)
+    if isinstance(wide, DistanceBias):
+        _check_functions(wide, float_dtype(dtype))
+    return wide
+
+
+def _check_functions(bias: DistanceBias, dtype: jnp.dtype) -> None:
+    """Raise a ValueError unless function and upper return one number for each distance."""
+    head = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), bias.params)
+    distance, position = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, 3), (2, 1)))
+    results = {"function": jax.eval_shape(bias.function, head, distance, position)}
+    if bias.upper is not None:
+        results["upper"] = jax.eval_shape(bias.upper, head, distance)
+    for name, result in results.items():
+        found = [f"{x.dtype}{[*x.shape]}" for x in jax.tree.leaves(result)]
+        if found != [f"{dtype}[2, 3]"]:
+            raise ValueError(
+                f"the {name} of a DistanceBias must return an array of the shape of the distances "
+                f"and the dtype of the params, {dtype}[2, 3] for int32[2, 3]; got "
+                f"{' and '.join(found) or None}"
+            )
 
 
 def has_sink(bias: Bias) -> bool:
@@ -293,6 +340,16 @@ def prefix_sums(log_gates: Float[Array, "B L H"], start: Prefix | None = None) -
 
     At 100,000 tokens a sum in one float32 may be 50,000 and off by 0.004, and so would be the bias
     between neighbours. Two floats, whose sum has twice the digits, keep it (Dekker, 1971).
+
+    Tokens that come later go on from the last sums:
+
+    >>> import jax, jax.numpy as jnp
+    >>> from alibi_jax import prefix_sums
+    >>> log_gates = jnp.full((1, 6, 2), -0.5)
+    >>> first = prefix_sums(log_gates[:, :4])
+    >>> rest = prefix_sums(log_gates[:, 4:], jax.tree.map(lambda x: x[:, -1:], first))
+    >>> rest.high[0, :, 0]
+    Array([-2.5, -3. ], dtype=float32)
 
     Args:
       log_gates: floating [B, L, H], finite.

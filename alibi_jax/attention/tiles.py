@@ -9,8 +9,9 @@ it, at key j, with b_ij the bias: `-m * d_ij` at distance d_ij for ALiBi with sl
 segments or a window. A set X of them has the probability `sum_{j in X} e^x_ij / e^lse_i`.
 
 1. Centring. Replacing every key k_j by `k_j - c` takes the same `q_i.c` from every logit of row i,
-   hence from `lse_i`, and changes no probability. Let c be the mean key: logits of trained models
-   have a large common part, which would spoil step 2. From here on keys are centred.
+   hence from `lse_i`, and changes no probability. Let c be the mean of the keys that some query may
+   see (what a cache has no token for yet is none): logits of trained models have a large common
+   part, which would spoil step 2. From here on keys are centred, and there are no others.
 2. From above. Let `K_J` be the largest |k_j| of key tile J, which has n_J keys, and `U_IJ` at least
    as large as every b_ij of query tile I and J. By Cauchy-Schwarz, every i in I gives J at most
    the weight `n_J * e^(|q_i| K_J + U_IJ)`. With `d_IJ` the least distance between the tiles, U_IJ
@@ -54,14 +55,14 @@ The bound by norms and a span is that of adaptive computation pruning for the Fo
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from alibi_jax.attention.biases import Bias, has_sink
 from alibi_jax.bias import distances
@@ -134,7 +135,7 @@ def key_ranges(
       tiles, ceil(S / key_tile) or that of all devices. With a sink, first is at least 1: tile 0 is
       to be computed before the range.
     """
-    batch, _, heads, _ = query.shape
+    batch, length, heads, _ = query.shape
     group = heads // key.shape[2]
     dtype, sink = scale.dtype, has_sink(bias)
     log_half = math.log(tolerance) - math.log(2) if tolerance > 0 else -math.inf
@@ -150,12 +151,31 @@ def key_ranges(
     true_positions = query_positions
     query_positions, key_positions = query_positions - origin, key_positions - origin
 
+    def of_any(of_queries: tuple[Array, Array]) -> tuple[Array, Array]:
+        """Return the smallest and the largest of the queries of all devices."""
+        if axis is None:
+            return of_queries
+        return jax.lax.pmin(of_queries[0], axis), jax.lax.pmax(of_queries[1], axis)
+
     # All that the table needs of keys: [B, K, nS], and limits [B, nS] or [1, nS].
-    keys = key.astype(dtype)
-    center, loudest = keys.mean(axis=1), jnp.linalg.norm(keys, axis=-1).max(axis=1)
+    visible, _ = _sight(
+        of_any(_limits(query_positions, length)),
+        (key_positions, key_positions),
+        causal=causal,
+        window=window,
+    )
+    if segment_ids is not None and key_segment_ids is not None:
+        visible &= _meet(of_any(_limits(segment_ids, length)), (key_segment_ids, key_segment_ids))
+    visible = visible.swapaxes(1, 2)[..., None]  # [B, S, 1, 1]
+    keys = jnp.where(visible, key.astype(dtype), 0.0)
+    total, count = keys.sum(axis=1), visible.sum(axis=1, dtype=dtype)
+    loudest = jnp.linalg.norm(keys, axis=-1).max(axis=1)
     if axis is not None:
-        center, loudest = jax.lax.pmean(center, axis), jax.lax.pmax(loudest, axis)
-    deviation = jnp.linalg.norm(keys - center[:, None], axis=-1).swapaxes(1, 2)
+        total, count = jax.lax.psum((total, count), axis)
+        loudest = jax.lax.pmax(loudest, axis)
+    center = total / jnp.maximum(count, 1.0)
+    deviation = jnp.where(visible, keys - center[:, None], 0.0)
+    deviation = jnp.linalg.norm(deviation, axis=-1).swapaxes(1, 2)
     largest = of_all(_tiles(deviation, key_tile).max(axis=-1))
     position_limits = [of_all(x) for x in _limits(key_positions, key_tile)]
     segment_limits = None
@@ -175,18 +195,14 @@ def key_ranges(
         if segment_ids is not None and key_segment_ids is not None:
             segments = segment_ids[b], key_segment_ids[b]
 
-        low_q, high_q = _limits(q_pos, query_tile)
-        low_k, high_k = (x[b] for x in position_limits)
-        before = low_q[:, None] - high_k[None, :]  # at least this far to the left of the queries
-        after = low_k[None, :] - high_q[:, None]
-        distance = jnp.maximum(jnp.maximum(before, after), 0)
-        seen = after <= 0 if causal else jnp.ones_like(after, bool)
-        if window is not None:
-            seen &= distance < window
+        seen, distance = _sight(
+            _limits(q_pos, query_tile),
+            [x[b] for x in position_limits],
+            causal=causal,
+            window=window,
+        )
         if segments is not None and segment_limits is not None:
-            low_q, high_q = _limits(segments[0], query_tile)
-            low_k, high_k = (x[b] for x in segment_limits)
-            seen &= (low_q[:, None] <= high_k[None, :]) & (low_k[None, :] <= high_q[:, None])
+            seen &= _meet(_limits(segments[0], query_tile), [x[b] for x in segment_limits])
 
         if bias.bounded:
             above = weight_bound(b, h, q_pos, k_pos, segments, distance)
@@ -253,6 +269,35 @@ def _limits(x: Int[Array, "*B L"], tile: int) -> tuple[Array, Array]:
     return tiles.min(axis=-1), tiles.max(axis=-1)
 
 
+def _sight(
+    of_queries: Sequence[Array],
+    of_keys: Sequence[Array],
+    *,
+    causal: bool,
+    window: Int[Array, ""] | None,
+) -> tuple[Bool[Array, "*B n m"], Int[Array, "*B n m"]]:
+    """Return whether queries may see keys, and the least distance, by limits of their positions.
+
+    Limits are the smallest and the largest of each group of queries, [..., n], and keys, [..., m].
+    """
+    low_q, high_q = (x[..., :, None] for x in of_queries)
+    low_k, high_k = (x[..., None, :] for x in of_keys)
+    before = low_q - high_k  # at least this far to the left of the queries
+    after = low_k - high_q
+    distance = jnp.maximum(jnp.maximum(before, after), 0)
+    seen = after <= 0 if causal else jnp.ones_like(after, bool)
+    if window is not None:
+        seen &= distance < window
+    return seen, distance
+
+
+def _meet(of_queries: Sequence[Array], of_keys: Sequence[Array]) -> Bool[Array, "*B n m"]:
+    """Return whether queries and keys may have a segment in common, by the limits of their ids."""
+    low_q, high_q = (x[..., :, None] for x in of_queries)
+    low_k, high_k = (x[..., None, :] for x in of_keys)
+    return (low_q <= high_k) & (low_k <= high_q)
+
+
 def _after_its_left(x: Array, axis: str) -> Array:
     """Return [B, L, ...] after the last block of the device to the left, of the last for the first.
 
@@ -277,9 +322,9 @@ def _near(
     """Return the log-sum-exp of each row over its own block of keys and the one before.
 
     Row i stands at key i + S - T, as the default positions have it, or so that the last row stands
-    at the last key of its position: queries may be in the middle of keys, as in a cache that is
-    not full. Where positions put others elsewhere, the sum is over other keys that they see, or
-    none: less tight, and as true.
+    at the last key of its position and segment: queries may be in the middle of keys, as in a cache
+    that is not full. Where positions put others elsewhere, the sum is over other keys that they
+    see, or none: less tight, and as true.
 
     Args:
       q: queries, times the scale.
@@ -296,7 +341,9 @@ def _near(
     start: Any = key_length - length
     if start != 0:
         own = positions[1] == positions[0][-1]
-        after = jnp.argmax(own[::-1]).astype(jnp.int32)  # of several documents, in the last
+        if segments is not None:
+            own &= segments[1] == segments[0][-1]
+        after = jnp.argmax(own[::-1]).astype(jnp.int32)  # of several such keys, the last
         start = jnp.where(own.any(), key_length - after - length, start)
     index = start - NEAR + jnp.arange((count + 1) * NEAR, dtype=jnp.int32)
 

@@ -167,6 +167,11 @@ class DecoderConfig:
                 all(0.0 <= slope < float("inf") for slope in self.slopes),
                 f"config.model.slopes={self.slopes}: finite numbers, at least 0",
             )
+            require(
+                self.bias_max == _default("bias_max"),
+                f"config.model.bias_max={self.bias_max} with slopes={self.slopes}: it is of the "
+                "standard slopes; give one of the two",
+            )
         self._validate_position()
         if self.adaptive_cutoffs is not None:
             self._validate_bands(self.adaptive_cutoffs)
@@ -226,6 +231,21 @@ class DecoderConfig:
                 self.scaling_factor == 1.0,
                 f"{given}: only linear, ntk and yarn take a factor; leave it out or choose one",
             )
+        if self.length_scaling == "ntk" and self.position == "alibi":
+            values = range(self.biased_heads) if self.slopes is None else {*self.slopes} - {0.0}
+            require(
+                len(values) >= 2,
+                f"{given} leaves the steepest slope and divides the shallowest, so it takes two "
+                f"different slopes above 0, and here is {len(values)}: choose linear or dynamic",
+            )
+        # With one frequency the base does not matter.
+        require(
+            self.length_scaling not in ("ntk", "dynamic")
+            or self.position != "rotary"
+            or self.head_size > 2,
+            f"{given} leaves the highest of rotary's frequencies and lowers the others, but "
+            f"head_dim={self.head_size} has one alone: choose linear, or a larger head_dim",
+        )
 
     def _validate_bands(self, cutoffs: tuple[int, ...]) -> None:
         given = f"config.model.adaptive_cutoffs={cutoffs}"

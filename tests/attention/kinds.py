@@ -1,4 +1,8 @@
-"""Biases to test with, each beside its formula in numpy and float64, and slow or flat ones too."""
+"""Biases to test with, each beside its formula in numpy and float64.
+
+Those that the models have are here with their own functions and bounds. "shifted" is one that is
+neither always falling nor largest nearby, and "fire" a small one of FIRE's form, without a bound.
+"""
 
 from typing import Any, NamedTuple
 
@@ -7,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from alibi_jax.attention.biases import DistanceBias, LinearBias, PrefixBias
+from alibi_jax.models.positions import bam, kerple, t5
+from tests.models import position_formulas
 
 
 class Kind(NamedTuple):
@@ -40,24 +46,6 @@ def of_distance(function, upper, params, formula):
 
 def as_float(distance):
     return distance.astype(jnp.float32)
-
-
-def log(p, distance, position=None):
-    return -p["p"] * jnp.log1p(p["a"] * as_float(distance))
-
-
-def power(p, distance, position=None):
-    # 0^p has no finite derivative in p.
-    d = jnp.maximum(as_float(distance), 1e-3)
-    return -p["a"] * d ** p["p"]
-
-
-def table(p, distance, position=None):
-    return p[jnp.minimum(distance, 15)]
-
-
-def table_upper(p, distance):
-    return jax.lax.cummax(p, reverse=True)[jnp.minimum(distance, 15)]
 
 
 def shifted(p, distance, position=None):
@@ -106,25 +94,29 @@ def prefix_row(p, b, h, t, distance, position, length):
 KINDS = {
     "linear": linear(False),
     "sink": linear(True),
-    "log": of_distance(
-        log,
-        log,
-        lambda rng, heads: float32({"p": rng.uniform(1, 9, heads), "a": rng.uniform(0, 2, heads)}),
-        lambda p, d, i: -p["p"] * np.log(1 + p["a"] * d),
+    "kerple_log": of_distance(
+        kerple._log,
+        kerple._log,
+        lambda rng, heads: float32((rng.uniform(1, 9, heads), rng.uniform(0, 2, heads))),
+        lambda p, d, i: position_formulas.kerple_log(*p, d, head_dim=1),
     ),
-    "power": of_distance(
-        power,
-        power,
-        lambda rng, heads: float32(
-            {"p": rng.uniform(0.3, 2, heads), "a": rng.uniform(0, 1, heads)}
-        ),
-        lambda p, d, i: -p["a"] * np.maximum(d, 1e-3) ** p["p"],
+    "kerple_power": of_distance(
+        kerple._power,
+        kerple._power,
+        lambda rng, heads: float32((rng.uniform(0, 1, heads), rng.uniform(0.3, 2, heads))),
+        lambda p, d, i: position_formulas.kerple_power(p[1], p[0], d, head_dim=1),
     ),
-    "table": of_distance(
-        table,
-        table_upper,
-        lambda rng, heads: float32(rng.normal(size=(heads, 16))),
-        lambda p, d, i: p[np.minimum(d, 15).astype(int)],
+    "t5": of_distance(
+        t5._function,
+        t5._upper,
+        lambda rng, heads: float32(rng.normal(size=(heads, t5.MAX_DISTANCE + 1))),
+        lambda p, d, i: p[np.minimum(d, t5.MAX_DISTANCE).astype(int)],
+    ),
+    "bam": of_distance(
+        bam._function,
+        bam._upper,
+        lambda rng, heads: float32((rng.normal(size=heads) - 1, rng.uniform(-1, 2, heads))),
+        lambda p, d, i: position_formulas.bam(np.exp(p[0]), p[1], d),
     ),
     "shifted": of_distance(
         shifted,

@@ -250,22 +250,34 @@ def test_transfers_stop_where_the_slope_does(small_tiles, monkeypatch, causal, e
 # The table
 
 
-def ranges_over_devices(query, key, bias, scale, **options):
-    """`key_ranges` of sequences over 8 devices, whose chunks are of whole tiles."""
-    static = {n: options.pop(n) for n in ("causal", "tolerance", "query_tile", "key_tile")}
-    options = {name: x for name, x in options.items() if x is not None}
-    missing = {n: None for n in ("segment_ids", "key_segment_ids") if n not in options}
-
-    def of_device(query, key, options):
-        return key_ranges(query, key, bias, scale, axis="context", **options, **missing, **static)
-
-    along = P(None, "context")
-    with jax.set_mesh(mesh_of(1, 1, 8)):
-        ranges = jax.shard_map(
-            of_device, in_specs=along, out_specs=P(None, None, "context"), check_vma=False
+@partial(jax.jit, static_argnames=("causal", "tolerance", "query_tile", "key_tile"))
+def ranges_of_devices(query, key, bias, scale, query_positions, key_positions, **static):
+    def of_device(query, key, *positions):
+        return key_ranges(
+            *(query, key, bias, scale),
+            query_positions=positions[0],
+            key_positions=positions[1],
+            segment_ids=None,
+            key_segment_ids=None,
+            axis="context",
+            **static,
         )
-        placed = jax.device_put((query, key, options), along)
-        return jax.tree.map(np.asarray, jax.jit(ranges)(*placed))
+
+    along, out_specs = P(None, "context"), P(None, None, "context")
+    ranges = jax.shard_map(of_device, in_specs=along, out_specs=out_specs, check_vma=False)
+    return ranges(query, key, query_positions, key_positions)
+
+
+def ranges_over_devices(
+    *arrays, query_positions, key_positions, segment_ids, key_segment_ids, **static
+):
+    """`key_ranges` of sequences over 8 devices, whose chunks are of whole tiles."""
+    assert segment_ids is None and key_segment_ids is None
+    query, key, bias, scale = arrays
+    with jax.set_mesh(mesh_of(1, 1, 8)):
+        along = P(None, "context")
+        query, key, *at = jax.device_put((query, key, query_positions, key_positions), along)
+        return jax.tree.map(np.asarray, ranges_of_devices(query, key, bias, scale, *at, **static))
 
 
 NAMES = [
@@ -279,17 +291,22 @@ NAMES = [
 
 
 def test_the_table_is_that_of_the_whole_sequence(monkeypatch):
-    """And so leaves out as much, and no more than the tolerance."""
+    """And so leaves out as much, and no more than the tolerance.
+
+    Also where half of the devices hold keys that only queries of others see.
+    """
     rng = np.random.default_rng(0)
     kept, one_device = [], test_tiles.ranges
-    for name in NAMES:
+    for name, back in [*((name, 0) for name in NAMES), ("normal", 300), ("a far key wins", 300)]:
         query, key = (rng.normal(size=(1, 512, 2, 8)).astype(np.float32) for _ in range(2))
         m = np.float32([0.5, 0.06])
         test_tiles.adversary(name, rng, query, key, m)
-        alone = test_tiles.kept_ranges(query, key, m, 1e-3, scale=0.35)
+        at = np.arange(512)[None]
+        options = {"scale": 0.35, "query_positions": at - back * (at < 256), "key_positions": at}
+        alone = test_tiles.kept_ranges(query, key, m, 1e-3, **options)
         monkeypatch.setattr(test_tiles, "ranges", ranges_over_devices)
-        together = test_tiles.kept_ranges(query, key, m, 1e-3, scale=0.35)
-        assert test_tiles.worst_dropped(query, key, m, 1e-3, scale=0.35) <= 1e-3
+        together = test_tiles.kept_ranges(query, key, m, 1e-3, **options)
+        assert test_tiles.worst_dropped(query, key, m, 1e-3, **options) <= 1e-3
         monkeypatch.setattr(test_tiles, "ranges", one_device)
         # Rounding may move a range by a tile of 32, if rarely.
         apart = np.abs(np.stack(alone) - np.stack(together))

@@ -294,6 +294,9 @@ def test_another_method_drops_the_options_it_lacks():
     config.with_position("rotary").validate()
 
 
+NTK = {"length_scaling": "ntk", "scaling_factor": 2.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -310,6 +313,11 @@ def test_another_method_drops_the_options_it_lacks():
         ({"alibi_heads": 0}, "alibi_heads=0: from 1 to num_heads=4"),
         ({"alibi_heads": 5}, "alibi_heads=5: from 1 to num_heads=4"),
         ({"alibi_heads": 2, "slopes": (1.0,) * 4}, "give one of the two"),
+        ({"bias_max": 4.0, "slopes": (1.0,) * 4}, "bias_max=4.0 with slopes=.*one of the two"),
+        ({**NTK, "alibi_heads": 1}, "two different slopes above 0, and here is 1"),
+        ({**NTK, "slopes": (0.5, 0.0, 0.5, 0.0)}, "two different slopes above 0, and here is 1"),
+        ({**NTK, "slopes": (0.0,) * 4}, "two different slopes above 0, and here is 0"),
+        ({**NTK, "position": "rotary", "head_dim": 2}, "head_dim=2 has one alone"),
         ({"learned_slopes": True, "slopes": (1.0, 1.0, 1.0, 0.0)}, "must be above 0"),
         ({"learned_slopes": True, "slope_scale": 0.0}, "must be above 0"),
         ({"position": "rotary", "head_dim": 7}, "head_dim=7 is odd"),

@@ -4,8 +4,10 @@ With p and a learned for each head and shared by the layers, the bias at distanc
 
     -p * log(1 + a d)   (log),    -a * d^p   with p at most 2   (power),
 
-over sqrt(D): the paper (equation 5) divides the sum of q.k and the bias, unlike ALiBi. (The
-authors' code, github.com/chijames/KERPLE, divides q.k alone.)
+over sqrt(D), with D the head size: the paper (equation 5) divides the sum of q.k and the bias, as
+is done here, unlike ALiBi. The authors' code (github.com/chijames/KERPLE) divides q.k alone, so its
+p (log) or a (power) is this one's over sqrt(D). `attention_scale` is a factor on q.k and leaves the
+bias as it is.
 
 p is drawn from U(0, 2) and a from U(0, 1), and at least 0.01, as in the authors' code, which then
 clips them to that after every step. Here their logarithm is learned (of power's p, the logit of

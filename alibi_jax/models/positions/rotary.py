@@ -52,7 +52,7 @@ def frequencies(config: DecoderConfig, length: int) -> np.ndarray:
         assert config.trained_length is not None
         factor = max(1.0, length / config.trained_length)
     if config.length_scaling in ("ntk", "dynamic"):
-        return plain * factor ** (-index / max(half - 1, 1))
+        return plain * factor ** (-index / (half - 1))
     if config.length_scaling == "yarn":
         kept = 1.0 - _ramp(config)
         return plain * kept + plain / factor * (1.0 - kept)

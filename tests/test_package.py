@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+
 import alibi_jax
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,7 @@ def test_code_in_the_readme_runs():
     assert names["bias"].shape == (8, 4, 4)
     assert names["output"].shape == names["query"].shape
     assert names["logits"].shape == (1, 4096, 257)
+    assert jnp.allclose(names["next_logits"], names["logits"][:, -1:], atol=1e-4)
 
 
 def test_files_that_the_readme_names_exist():

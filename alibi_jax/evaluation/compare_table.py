@@ -63,14 +63,22 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
     methods = {method["name"]: method for method in comparison["methods"] if method["protocols"]}
     leaders = comparison.get("leaders", ())  # a file of an earlier version has none
     found = [_lead(leader, comparison) for leader in leaders]
-    names = [leader["method"] for leader in leaders]
-    if len(set(names)) == 2:
-        first, last = (leader["length"] for leader in leaders)
-        change = methods[names[0]]["protocols"]["fixed_targets"][-1]["relative_change"]
+    ahead = {}  # at the training length and not at the longest: of whom
+    if len({leader["method"] for leader in leaders}) == 2:
+        ahead[leaders[0]["method"]] = "ahead"
+    for name, method in methods.items():
+        entries = method["protocols"]["fixed_targets"]
+        gaps = [entries[index].get("difference", 0.0) for index in (0, -1)]
+        if gaps[0] is not None and gaps[0] < 0 and (gaps[1] is None or gaps[1] > 0):
+            ahead.setdefault(name, f"ahead of {comparison['reference']}")
+    for name, whom in ahead.items():
+        first, last = (methods[name]["protocols"]["fixed_targets"][index] for index in (0, -1))
+        change = last["relative_change"]
         to = "is not finite" if change is None else f"has changed by {percent(change)}"
         found.append(
-            f"{names[0]} leads at {first} tokens and not at {last}: there its loss on the same "
-            f"targets {to}. A lead at the training length says nothing about longer inputs."
+            f"{name} is {whom} at {first['length']} tokens and not at {last['length']}: there its "
+            f"loss on the same targets {to}. A lead at the training length says nothing about "
+            "longer inputs."
         )
     misleading = [
         name

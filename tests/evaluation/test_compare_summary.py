@@ -285,8 +285,20 @@ def test_leads_are_paired_and_end_where_they_end(comparison):
     assert first.endswith("against better, the next.")
     assert "-0.0433" in last and "against alibi, the next." in last
     change = entry_of(comparison, "breaks", 64)["relative_change"]
-    assert ends.startswith("breaks leads at 16 tokens and not at 64: there its loss on the same")
+    assert ends.startswith("breaks is ahead at 16 tokens and not at 64: there its loss on the same")
     assert f"has changed by {percent(change)}." in ends and change > 10
+
+
+def test_who_is_ahead_of_the_reference_and_falls_behind_is_named_though_another_leads():
+    """As rotary on short training lengths: here "better" leads at all lengths."""
+    runs = planted()
+    for seed in SHIFT:
+        level = SHIFT[seed] + GAIN[seed]
+        runs["breaks", seed] = run([level - 0.05, level + 2, level + 60])
+        runs["better", seed] = run([level - 0.1] * 3)
+    found = lead(runs)
+    assert found[2].startswith("breaks is ahead of alibi at 16 tokens and not at 64: there its")
+    assert not any(sentence.startswith("better is ahead") for sentence in found)
 
 
 def test_leads_that_another_sample_might_end_are_not_certain():

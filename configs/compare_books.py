@@ -2,10 +2,10 @@
 
 Data      files of whole books: one JSON object a line with a "text" field, split by author into
           train, valid and test; set --config.data.source=files:DIR/{split}.jsonl.xz to your own
-Hardware  2 CPU cores: about 4 minutes a run, 100 for nine methods with three seeds
+Hardware  2 CPU cores: about 4 minutes a run, an hour and a half for seven methods with three seeds
 Command   alibi compare --config=configs/compare_books.py --workdir=runs/compare_books
-          --methods=alibi,sinusoidal,rotary,t5,kerple_log,none,forgetting,bam,learned
-          --protocols=nonoverlapping,fixed_targets
+          --methods=alibi,sinusoidal,rotary,t5,kerple_log,none,forgetting
+          --protocols=nonoverlapping,fixed_targets,by_position,truncated_input
 
 A run trains on 1.4M bytes: enough for the shape of the curves, too little for the best loss.
 The same command with more methods, seeds or protocols adds to it: runs that are there are not

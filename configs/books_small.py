@@ -4,6 +4,7 @@ Data      files of whole books: one JSON object a line with a "text" field, spli
           train, valid and test; set --config.data.source=files:DIR/{split}.jsonl.xz to your own
 Hardware  one GPU of 24 GB or more, in bfloat16: XLA plans 10 GB for a step
 Command   python train.py --config=configs/books_small.py --workdir=runs/books
+          alibi eval --workdir=runs/books --lengths=512,2048,8192,32768
 
 The tokenizer is a byte-level BPE of 16384 tokens, trained on the train split once and cached.
 6000 steps of 131,072 tokens are 0.8B tokens, about 20 a parameter.

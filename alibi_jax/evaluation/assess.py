@@ -144,10 +144,7 @@ def assess(
     Raises:
         UserError: The text does not hold a window of the training length, or nothing is left.
     """
-    left_out = []
     kept, note = supported_lengths(held_out, lengths, packing)
-    if note:
-        left_out.append(note)
     windows = longest_windows(
         held_out, longest=kept[-1], num_windows=config.num_windows, packing=packing
     )
@@ -161,15 +158,22 @@ def assess(
         1 / (math.log(2) * per_token),
         tokenizer,
     )
-    earlier = earlier or {"protocols": {}, "verdict": {}}
+    earlier = earlier or {"protocols": {}, "verdict": {}, "left_out": []}
     measured, judged = dict(earlier["protocols"]), dict(earlier["verdict"])
+    mass = measured.get("attention_mass") if "attention_mass" in wanted else None
+    if mass is not None and mass["length"] != _length_at_once(setting):
+        del measured["attention_mass"]  # tokens_per_batch, which decides it, is another
+    # A line for each protocol that is not whole; those of earlier protocols stay.
+    notes = {line.partition(" ")[0]: line for line in earlier["left_out"]}
     tasks = []
     for name, task in _tasks(scorer, setting, [name for name in wanted if name not in measured]):
+        notes.pop(name, None)
         if isinstance(task, str):
-            left_out.append(f"{name} left out: {task}")
+            notes[name] = f"{name} left out: {task}"
         else:
             tasks.append(task)
-            left_out += [task.left_out] if task.left_out else []
+            notes |= {name: task.left_out} if task.left_out else {}
+    left_out = [*([note] if note else []), *(notes[name] for name in PROTOCOLS if name in notes)]
     for line in left_out:
         say(line)
     if not tasks and not measured:
@@ -390,11 +394,10 @@ def _truncation(scorer: Scorer, setting: Setting) -> Task | str:
 
 
 def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
-    at_once = setting.config.tokens_per_batch
-    length = max(length for length in setting.lengths if length <= at_once)
+    length = _length_at_once(setting)
     note = (
         f"attention_mass is of {length} tokens, not {setting.longest}: it reads a window at once, "
-        f"and config.evaluation.tokens_per_batch is {at_once}"
+        f"and config.evaluation.tokens_per_batch is {setting.config.tokens_per_batch}"
     )
 
     def run(progress: Callable[[int], object]) -> Found:
@@ -413,6 +416,10 @@ def _attention_mass(scorer: Scorer, setting: Setting) -> Task | str:
 
     cost = len(setting.windows.tokens) * length
     return Task(cost, run, note if length < setting.longest else None)
+
+
+def _length_at_once(setting: Setting) -> int:
+    return max(n for n in setting.lengths if n <= setting.config.tokens_per_batch)
 
 
 def _needle(scorer: Scorer, setting: Setting) -> Task | str:

@@ -172,15 +172,17 @@ def _length_axis(axes: "Axes", lengths: Sequence[int], train_length: int) -> Non
     axes.set_xticks([], minor=True)
     axes.set_xlabel("evaluation length (tokens)")
     axes.axvline(train_length, color="0.3", linestyle=":", linewidth=1, zorder=1)
-    axes.annotate(
-        "training length",
-        (train_length, 0),
-        xycoords=("data", "axes fraction"),
-        xytext=(3, 3),
-        textcoords="offset points",
-        color="0.3",
-        fontsize=6.5,
-    )
+    place = axes.get_subplotspec()
+    if place is not None and place.is_first_col():  # once is enough, and hides less
+        axes.annotate(
+            "training length",
+            (train_length, 0),
+            xycoords=("data", "axes fraction"),
+            xytext=(3, 3),
+            textcoords="offset points",
+            color="0.3",
+            fontsize=6.5,
+        )
     axes.spines[["top", "right"]].set_visible(False)
 
 

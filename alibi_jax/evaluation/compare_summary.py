@@ -11,6 +11,7 @@ import numpy as np
 from alibi_jax.errors import require
 from alibi_jax.evaluation.bootstrap import interval, resamples
 from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
+from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.report import finite
 from alibi_jax.evaluation.verdict import TOLERANCE, percent
 
@@ -319,7 +320,12 @@ def _verdict(
         verdict[f"{name}_seeds"] = values
         known = sorted(value for value in values if value is not None)
         if len(known) == len(values):
+            ends = [ends for one in of_runs if (ends := one.get(f"{name}_interval"))]
+            low, high = min(known + [a for a, _ in ends]), max(known + [b for _, b in ends])
             span = "–".join(map(str, sorted({known[0], known[-1]})))
+            if name == "uses_context_to" and high == SHORTEST_WINDOW:
+                span = f"at most {span}"
+            span += f" [{low}, {high}]" if ends else ""
             verdict["text"] += f"; {words} " + (f"to {span}" if known[-1] else "nothing reliably")
     return verdict
 

@@ -17,7 +17,7 @@ loss holds, to which it uses context, and from how far back it retrieves.
                         num_windows and num_trials decide how long it takes
   --config.model.length_scaling=NAME, --config.model.scaling_factor=FACTOR
                         scale positions at inference, as DecoderConfig says; such numbers go into
-                        files of their own, evaluation-NAME-FACTOR.json and .png
+                        files of their own, such as evaluation-yarn-8.json and .png
   --config.data.source=SOURCE, --config.data.cache_dir=DIR
                         where the same text is now, if it has moved
 
@@ -61,7 +61,6 @@ FLAGS = (
     "--config.data.source",
     "--config.data.cache_dir",
 )
-NUMBERS = "evaluation.json"
 # Fields of the config that no number depends on.
 _OF_NO_NUMBER = {
     "data": ("source", "cache_dir"),
@@ -146,7 +145,7 @@ def evaluate_run(
 
 def numbers_file(directory: Path, config: Config) -> Path:
     """Where the evaluation of a run is: scaled positions have files of their own."""
-    return (directory / NUMBERS).with_stem(f"evaluation{_scaling(config)}")
+    return directory / f"evaluation{_scaling(config)}.json"
 
 
 def method_name(config: Config) -> str:
@@ -171,8 +170,8 @@ def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
         }
         for section, fields in found["config"].items()
     }
-    version = found["versions"]["alibi_jax"]
-    return {"step": found["step"], "lengths": found["lengths"], "alibi_jax": version} | config
+    versions = {name: found["versions"][name] for name in ("alibi_jax", "jax", "device")}
+    return {"step": found["step"], "lengths": found["lengths"], **versions, **config}
 
 
 def _read_numbers(path: Path) -> dict[str, Any] | None:
@@ -187,14 +186,14 @@ def _read_numbers(path: Path) -> dict[str, Any] | None:
 
 
 def _rename(path: Path) -> Path:
-    """Moves numbers and their figure out of the way: evaluation.json to evaluation.1.json."""
-    number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.json").exists())
+    """Moves numbers and their figure out of the way: evaluation.json to evaluation.old1.json."""
+    number = next(n for n in itertools.count(1) if not path.with_suffix(f".old{n}.json").exists())
     with workdir.writing(path.parent):
         for kind in ("png", "json"):
             file = path.with_suffix(f".{kind}")
             if file.exists():
-                file.rename(path.with_suffix(f".{number}.{kind}"))
-    return path.with_suffix(f".{number}.json")
+                file.rename(path.with_suffix(f".old{number}.{kind}"))
+    return path.with_suffix(f".old{number}.json")
 
 
 def read_run(directory: Path) -> tuple[Config, dict[str, Any]]:

@@ -113,6 +113,24 @@ def test_what_is_there_is_not_measured_again(found):
     assert again["verdict"] == states[2]["verdict"]
 
 
+def test_what_is_left_out_stays_said_and_attention_is_read_as_far_as_it_can_be():
+    """In one go or in two the lines are the same; with more at once attention is read again."""
+    short = dataclasses.replace(CONFIG, tokens_per_batch=128)
+    options = {"lengths": (64, 128), "wanted": ("sliding_window", "attention_mass", "recall")}
+    whole = evaluate(scorer(), config=short, **options)
+    assert [line.split()[0] for line in whole["left_out"]] == ["sliding_window"]
+    part = evaluate(scorer(), config=short, **options | {"wanted": options["wanted"][:2]})
+    rest = options | {"wanted": ("recall",)}
+    assert evaluate(scorer(), config=short, earlier=part, **rest) == whole
+    far = {"lengths": (64, 128, 256), "wanted": ("attention_mass",)}
+    near = evaluate(scorer(), config=short, **far)
+    assert near["protocols"]["attention_mass"]["length"] == 128
+    assert "is of 128 tokens, not 256" in near["left_out"][0]
+    assert evaluate(scorer(), config=short, earlier=near, **far) == near
+    again = evaluate(scorer(), earlier=near, **far)
+    assert again["protocols"]["attention_mass"]["length"] == 256 and again["left_out"] == []
+
+
 @pytest.mark.parametrize("reach", [64, 128, 256])
 def test_truncated_on_purpose_is_found_to_use_so_much(reach):
     verdict = evaluate(scorer(uses(reach)), wanted=("truncated_input",))["verdict"]

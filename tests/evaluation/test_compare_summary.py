@@ -21,7 +21,7 @@ TEXT = np.random.default_rng(0).gamma(3, size=(10, 64)).astype(np.float32)
 DOCUMENT = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5, 5])
 
 
-def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1):
+def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32):
     """A finished run whose loss at each length is the text's own plus a level."""
     windows = Windows(np.zeros((10, 65), np.int32), documents, "document")
     losses = {
@@ -32,6 +32,7 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1):
     )
     evaluation["left_out"] = []
     evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None, "warning": None}
+    evaluation["verdict"]["uses_context_to_interval"] = [32, context]
     evaluation["config"] = {"evaluation": {"num_bootstrap": 200, "split": "test"}}
     evaluation |= {"step": 40, "tokens_sha256": "ab"}
     return Run("finished", None, evaluation, seconds, 10**7, 820_000)
@@ -49,7 +50,7 @@ def planted(seeds=(0, 1, 2)):
         level = SHIFT[seed]
         runs["breaks", seed] = run([level - 0.1, level + 2, level + 60])
         runs["alibi", seed] = run([level] * 3)
-        runs["better", seed] = run([level + GAIN[seed]] * 3, seconds=0.1 + seed)
+        runs["better", seed] = run([level + GAIN[seed]] * 3, seconds=0.1 + seed, context=32 << seed)
     return runs
 
 
@@ -100,8 +101,9 @@ def test_verdicts_over_seeds(comparison):
     assert verdicts["alibi"]["holds_to"] == 64
     assert verdicts["alibi"]["text"] == (
         "holds to 64 (4x, the longest): +0.00% [+0.00%, +0.00%] over seeds, [+0.00%, +0.00%] over "
-        "documents; uses context to 32"
+        "documents; uses context to at most 32 [32, 32]"
     )
+    assert verdicts["better"]["text"].endswith("; uses context to 32 [32, 128]")
     assert verdicts["alibi"]["uses_context_to_seeds"] == [32, 32, 32]
     assert verdicts["breaks"]["holds_to"] == 16
     assert "does not hold beyond the training length; at 32: +7" in verdicts["breaks"]["text"]

@@ -146,6 +146,15 @@ def test_other_protocols_are_shown(two):
     assert heads[2] == ["0, 1", "5", "16", "40", "0.25", "2", "5", "10"]
 
 
+def test_positions_scaled_at_inference_are_shown_beside_the_run(tmp_path):
+    directory = report_files.run(tmp_path / "rotary", "rotary")
+    shutil.copy(directory / "extrapolation.json", directory / "evaluation-yarn-8.json")
+    shutil.copy(directory / "extrapolation.json", directory / "evaluation-yarn-8.old1.json")
+    runs, _ = read([directory])
+    assert [run.name for run in runs] == ["rotary", "rotary-yarn-8"]
+    assert runs[0].metrics and not runs[1].metrics
+
+
 def test_settings_that_differ_are_marked(tmp_path):
     one = report_files.run(tmp_path / "one")
     other = report_files.run(tmp_path / "other", "sinusoidal", num_layers=3)

@@ -105,13 +105,13 @@ def test_protocols_add_up_and_nothing_is_overwritten(fresh):
     assert again["protocols"] == expected["protocols"] and not said
     other = evaluate_run(fresh, wanted=("recall",), lengths=(64, 128), say=said.append)
     assert tuple(other["protocols"]) == ("recall",) and other["lengths"] == [64, 128]
-    assert said == ["evaluation.json is not of these settings: renamed to evaluation.1.json"]
-    kept = json.loads((fresh / "evaluation.1.json").read_text())
+    assert said == ["evaluation.json is not of these settings: renamed to evaluation.old1.json"]
+    kept = json.loads((fresh / "evaluation.old1.json").read_text())
     assert kept["protocols"] == expected["protocols"]
-    assert (fresh / "evaluation.1.png").exists()
+    assert (fresh / "evaluation.old1.png").exists()
     path.write_text("{")
     evaluate_run(fresh, wanted=("recall",), lengths=(64, 128))
-    assert (fresh / "evaluation.2.json").read_text() == "{"
+    assert (fresh / "evaluation.old2.json").read_text() == "{"
     assert json.loads(path.read_text())["protocols"] == other["protocols"]
 
 

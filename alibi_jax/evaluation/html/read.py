@@ -61,6 +61,10 @@ def read(directories: Sequence[Path]) -> tuple[list[Run], list[Comparison]]:
             "`alibi compare`",
         )
         runs.append(_run(directory, name, name))
+        for file in sorted(directory.glob("evaluation-*.json")):  # positions scaled at inference
+            if ".old" not in file.name:
+                scaled = name + file.stem.removeprefix("evaluation")
+                runs.append(_run(directory, scaled, scaled, file.name)._replace(metrics=()))
     return runs, comparisons
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from alibi_jax.evaluation.figure import save
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -36,9 +38,7 @@ def comparison_figure(comparison: Mapping[str, Any], path: Path) -> None:
       comparison: from `compare_summary.summarize`, or read from `comparison.json`.
       path: the file to write; its suffix sets the format.
     """
-    unfinished = path.with_name(path.name + ".tmp")
-    drawn(comparison).savefig(unfinished, dpi=200, format=path.suffix[1:])
-    unfinished.replace(path)
+    save(drawn(comparison), path)
 
 
 def drawn(comparison: Mapping[str, Any]) -> "Figure":

@@ -61,7 +61,8 @@ FLAGS = (
     "--config.data.source",
     "--config.data.cache_dir",
 )
-# Fields of the config that no number depends on.
+# Fields of the config that no number depends on, apart from how far attention can be read at once:
+# `assess` sees to that itself.
 _OF_NO_NUMBER = {
     "data": ("source", "cache_dir"),
     "evaluation": ("multiples", "tokens_per_batch"),  # "lengths" holds what comes of multiples
@@ -136,7 +137,8 @@ def evaluate_run(
             say=say,
         )
         found |= identity
-        title = f"{method_name(config)}, trained at {config.data.sequence_length} tokens"
+        title = f"{config.model.position}{_scaling(config)}"
+        title += f", trained at {config.data.sequence_length} tokens"
         with workdir.writing(directory):
             write_json(found, path)
             evaluation_figure(found, path.with_suffix(".png"), title)
@@ -148,12 +150,8 @@ def numbers_file(directory: Path, config: Config) -> Path:
     return directory / f"evaluation{_scaling(config)}.json"
 
 
-def method_name(config: Config) -> str:
-    """The position method, and how it is scaled: "rotary", "rotary-yarn-8"."""
-    return f"{config.model.position}{_scaling(config)}"
-
-
 def _scaling(config: Config) -> str:
+    """How positions are scaled at inference: "-yarn-8", or nothing where they are not."""
     name, factor = config.model.length_scaling, config.model.scaling_factor
     if name == "none":
         return ""

@@ -13,6 +13,7 @@ from alibi_jax.attention import choice
 from alibi_jax.attention.biases import Bias, LinearBias, PrefixBias, as_bias, beyond_slopes
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.devices import per_device
+from alibi_jax.attention.nonfinite import as_nan_keys
 from alibi_jax.attention.placement import length_is_sharded, whole_length
 from alibi_jax.bias import check_integer, is_known
 from alibi_jax.typing import (
@@ -142,19 +143,62 @@ def attention(
     query_positions, key_positions = _positions(query_positions, key_positions, *sizes)
     segment_ids, key_segment_ids = _segments(segment_ids, key_segment_ids, *sizes)
     chosen = choice.IMPLEMENTATIONS[implementation]
+    return _attend(
+        query,
+        key,
+        value,
+        bias,
+        None if chosen.fixed_scale else scale,
+        {
+            "query_positions": query_positions,
+            "key_positions": key_positions,
+            "segment_ids": segment_ids,
+            "key_segment_ids": key_segment_ids,
+        },
+        window,
+        name=implementation,
+        causal=causal,
+        tolerance=tolerance,
+        fixed_scale=case.scale if chosen.fixed_scale else None,
+        constants=chosen.constants(),
+    )
+
+
+# One program for each shape, also where `attention` is called outside of jit.
+@partial(
+    jax.jit,
+    static_argnames=("name", "causal", "tolerance", "fixed_scale", "constants"),
+    inline=True,
+)
+def _attend(
+    query: Query,
+    key: Key,
+    value: Value,
+    bias: Bias,
+    scale: float | Array | None,
+    tokens: dict[str, Any],
+    window: Array | None,
+    *,
+    name: str,
+    causal: bool,
+    tolerance: float,
+    fixed_scale: float | None,
+    constants: tuple[Any, ...],
+) -> Attended:
+    """Compute `attention`, of which all is checked and filled in, by the implementation named.
+
+    One of the two scales is None. Of `constants` the program depends, and so must its cache.
+    """
+    scale = fixed_scale if scale is None else scale
+    key, value = as_nan_keys(key, value)
+    chosen = choice.IMPLEMENTATIONS[name]
     attend = partial(chosen.attend, causal=causal, tolerance=tolerance)
-    if implementation == "dense":
+    if name == "dense":
         query, key, value = whole_length(query), whole_length(key), whole_length(value)
         if isinstance(bias, PrefixBias):
             bias = jax.tree.map(whole_length, bias)
     else:
         attend = partial(per_device, attend)
-    tokens = {
-        "query_positions": query_positions,
-        "key_positions": key_positions,
-        "segment_ids": segment_ids,
-        "key_segment_ids": key_segment_ids,
-    }
     if chosen.any_bias:
         return attend(query, key, value, bias, scale=scale, window=window, **tokens)
     assert isinstance(bias, LinearBias)

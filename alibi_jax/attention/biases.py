@@ -407,6 +407,7 @@ def _add(a: Prefix, b: Prefix) -> Prefix:
 
 def _largest(x: Prefix) -> Prefix:
     """Return the largest of each row, [n, 1]: high is the nearest float, so it goes before low."""
-    high = x.high.max(axis=-1, keepdims=True)
+    # A maximum on a CPU may pass over NaN, of which nothing is known.
+    high = jnp.where(jnp.isnan(x.high), jnp.inf, x.high).max(axis=-1, keepdims=True)
     low = jnp.where(x.high == high, x.low, -jnp.inf).max(axis=-1, keepdims=True)
     return Prefix(high, low)

@@ -18,7 +18,8 @@ from jaxtyping import Bool, Int
 from alibi_jax.attention.biases import Bias, Parts, has_sink
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.context import Passes, ring_attention, without_marks
-from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
+from alibi_jax.attention.nonfinite import for_gradients
+from alibi_jax.attention.tiles import Plan, Stats, Tokens, key_ranges
 from alibi_jax.bias import float_dtype
 from alibi_jax.typing import (
     Attended,
@@ -121,15 +122,15 @@ def _vary_alike(*trees: Any) -> tuple[Any, ...]:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, query, key, value, bias, scale, tokens, ranges):
     """Return [B, T, H, Dv]; queries and keys are padded to whole tiles."""
-    return _forward(plan, query, key, value, bias, scale, tokens, ranges)[0]
+    return _forward(plan, query, key, value, bias, scale, tokens, ranges)[0].astype(query.dtype)
 
 
 def _forward(plan, query, key, value, bias, scale, tokens, ranges):
-    """Return the output, and each row's log-sum-exp [B, H, T]: +inf for keyless rows."""
+    """Return the output, wide, and the `Stats` of its rows."""
     group = query.shape[2] // key.shape[2]
     dtype = scale.dtype
 
-    def one_tile(output: Array, at: tuple[Array, ...]) -> tuple[Array, Array]:
+    def one_tile(output: Array, at: tuple[Array, ...]) -> tuple[Array, Stats]:
         b, h, i, first, end = at
         rows = i * plan.query_tile, plan.query_tile
         q = _tile(query, b, *rows, h).astype(dtype) * scale
@@ -156,52 +157,63 @@ def _forward(plan, query, key, value, bias, scale, tokens, ranges):
         carry = zeros - jnp.inf, zeros, jnp.zeros((plan.query_tile, value.shape[-1]), dtype)
         carry, _ = _vary_alike(carry, q)
         largest, total, mixed = _over_keys(plan, first, end, step, carry)
-        seen = total > 0
-        total = jnp.where(seen, total, 1.0)
-        lse = jnp.where(seen, largest + jnp.log(total), jnp.inf)
-        return _update(output, b, rows[0], h, mixed / total[:, None]), lse
+        none_seen = total == 0  # false for NaN
+        total = jnp.where(none_seen, 1.0, total)
+        largest = jnp.where(none_seen, jnp.inf, largest)
+        return _update(output, b, rows[0], h, mixed / total[:, None]), Stats(largest, total)
 
     # Wide, and rounded at the end: XLA's CPU backend widens the whole of a 16-bit array, and rounds
-    # it again, for every tile that is written into it.
+    # it again, for every tile that is written into it. The backward pass needs it unrounded.
     output = jnp.zeros((*query.shape[:3], value.shape[-1]), dtype)
     output, _ = _vary_alike(output, query)
-    output, lse = jax.lax.scan(one_tile, output, _tiles(ranges))
-    return output.astype(query.dtype), lse.reshape(query.shape[0], query.shape[2], -1)
+    output, stats = jax.lax.scan(one_tile, output, _tiles(ranges))
+    return output, jax.tree.map(lambda x: x.reshape(query.shape[0], query.shape[2], -1), stats)
 
 
 def _attend_forward(plan, *inputs):
     inputs, of_bias = without_marks(inputs)
-    output, lse = _forward(plan, *inputs)
+    output, stats = _forward(plan, *inputs)
     # A tuple or None, since what is kept may hold no Python values but the structure.
-    return output, (inputs, output, lse, () if of_bias else None)
+    return output.astype(inputs[0].dtype), (inputs, output, stats, () if of_bias else None)
 
 
 def _attend_backward(plan, kept, cotangent):
-    inputs, output, lse, of_bias = kept
-    query, key, value, *_ = inputs
+    (query, key, value, *others), output, stats, of_bias = kept
+    dtypes = query.dtype, key.dtype, value.dtype
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
         cotangent, _ = _vary_alike(cotangent, query)
-    dquery, dkey, dvalue, *rest = _backward(
-        plan, inputs, output, lse, cotangent, of_bias=of_bias is not None
+    query, key, cotangent, stats = for_gradients(query, key, cotangent, stats)
+    *grads, dbias, dscale = _backward(
+        plan,
+        (query, key, value, *others),
+        output,
+        stats,
+        cotangent,
+        of_bias=of_bias is not None,
     )
-    grads = dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype)
-    return *grads, *rest, None, None
+    grads = [grad.astype(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
+    return *grads, dbias, dscale, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
-def _backward(plan, inputs, output, lse, cotangent, *, of_bias):
-    """Return the gradients of query, key, value, bias and scale, all of them wide."""
+def _backward(plan, inputs, output, stats, cotangent, *, of_bias):
+    """Return the gradients of query, key, value, bias and scale, all of them wide.
+
+    What is not finite is in `stats` alone, and in the output: see `for_gradients`.
+    """
     query, key, value, bias, scale, tokens, ranges = inputs
     group = query.shape[2] // key.shape[2]
     dtype = scale.dtype
 
     def one_tile(grads, at):
-        (b, h, i, first, end), row_lse = at
+        (b, h, i, first, end), (largest, total) = at
         rows = i * plan.query_tile, plan.query_tile
         q, out, dout = (_tile(x, b, *rows, h).astype(dtype) for x in (query, output, cotangent))
+        # The weights below are not normalised, and what they are multiplied with is.
+        dout /= total[:, None]
         # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
         mean = jnp.sum(out * dout, axis=1)
         scaled = q * scale
@@ -216,8 +228,12 @@ def _backward(plan, inputs, output, lse, cotangent, *, of_bias):
             pairs = _pairs(plan, tokens, b, rows, columns, query_axis=1)
             parts = _parts(bias, b, h, rows, columns)
             logits = _dot(k, scaled, 1, 1) + _tile_bias(bias, parts, pairs)
-            weights = jnp.exp(jnp.where(pairs.seen, logits - row_lse[None, :], -jnp.inf))
-            dlogits = weights * (_dot(v, dout, 1, 1) - mean[None, :])
+            logits -= largest[None, :]
+            # At most 0, but for other rounding here than in the forward pass. (False for NaN.)
+            logits = jnp.where(logits > 0, 0.0, logits)
+            weights = jnp.exp(jnp.where(pairs.seen, logits, -jnp.inf))
+            dweights = _dot(v, dout, 1, 1) - mean[None, :]
+            dlogits = jnp.where(pairs.seen, weights * dweights, 0.0)
             dkey = _update(dkey, b, start, h // group, _dot(dlogits, scaled, 1, 0), add=True)
             dvalue = _update(dvalue, b, start, h // group, _dot(weights, dout, 1, 0), add=True)
             if of_bias:
@@ -247,7 +263,9 @@ def _backward(plan, inputs, output, lse, cotangent, *, of_bias):
     )
     zeros, _ = _vary_alike(zeros, query)
     (dquery, dscale, dkey, dvalue, dkey_part), dhead_parts = jax.lax.scan(
-        one_tile, zeros, (_tiles(ranges), lse.reshape(-1, plan.query_tile))
+        one_tile,
+        zeros,
+        (_tiles(ranges), jax.tree.map(lambda x: x.reshape(-1, plan.query_tile), stats)),
     )
     batch, _, heads, _ = query.shape
     dhead_parts = jax.tree.map(

@@ -5,11 +5,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from alibi_jax.attention import pallas_tpu
-from alibi_jax.attention.blockwise import blockwise
-from alibi_jax.attention.blockwise import refusal as refusal_blockwise
+from alibi_jax.attention import blockwise, columns, pallas_tpu
 from alibi_jax.attention.case import Case
-from alibi_jax.attention.columns import cudnn, refusal_cudnn, refusal_splash, splash
 from alibi_jax.attention.dense import dense
 from alibi_jax.typing import Attended
 
@@ -31,20 +28,33 @@ def refusal_dense(case: Case) -> str | None:
 class Implementation(NamedTuple):
     """A function with the arguments of `dense`, and why it refuses a case (None: it serves).
 
-    One without `any_bias` takes an array of slopes in the place of a bias, and no window.
+    One without `any_bias` takes an array of slopes in the place of a bias, and no window. One with
+    `fixed_scale` takes a scale that is a Python number alone. `constants` are those of its module
+    that its programs depend on.
     """
 
     attend: Callable[..., Attended]
     refusal: Callable[[Case], str | None]
     any_bias: bool = False
+    fixed_scale: bool = False
+    constants: Callable[[], tuple[Any, ...]] = tuple
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "dense": Implementation(dense, refusal_dense, any_bias=True),
-    "blockwise": Implementation(blockwise, refusal_blockwise, any_bias=True),
-    "pallas_tpu": Implementation(pallas_tpu.pallas_tpu, pallas_tpu.refusal),
-    "cudnn": Implementation(cudnn, refusal_cudnn),
-    "splash": Implementation(splash, refusal_splash),
+    "blockwise": Implementation(
+        blockwise.blockwise,
+        blockwise.refusal,
+        any_bias=True,
+        constants=lambda: (blockwise.QUERY_TILE, blockwise.KEY_TILE, blockwise.STEP),
+    ),
+    "pallas_tpu": Implementation(
+        pallas_tpu.pallas_tpu,
+        pallas_tpu.refusal,
+        constants=lambda: (pallas_tpu.QUERY_TILE, pallas_tpu.KEY_TILE, pallas_tpu.INTERPRET),
+    ),
+    "cudnn": Implementation(columns.cudnn, columns.refusal_cudnn, fixed_scale=True),
+    "splash": Implementation(columns.splash, columns.refusal_splash),
 }
 
 
@@ -60,7 +70,7 @@ def choose(case: Case) -> str:
     if case.platform == "tpu" and pallas_tpu.refusal(case) is None:
         return "pallas_tpu"
     if case.platform == "gpu":
-        if refusal_cudnn(case) is None:
+        if columns.refusal_cudnn(case) is None:
             return "cudnn"
         if not case.length_sharded and 4 * case.batch * case.heads * logits <= SMALL_ON_GPU:
             return "dense"

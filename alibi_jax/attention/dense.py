@@ -6,9 +6,10 @@ Softmax over `scale * query.key + bias`, which for ALiBi is `scale * query.key -
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from alibi_jax.attention.biases import Bias, with_sink
+from alibi_jax.attention.nonfinite import finite_rows, replaced
 from alibi_jax.bias import distances, float_dtype
 from alibi_jax.typing import (
     Attended,
@@ -54,7 +55,11 @@ def dense(
     # Said, since a reshape forgets the sharding of an axis of size 1, such as a batch of one.
     placed = jax.typeof(keys).sharding
     rows = rows.reshape(batch, key_heads, group * length, head_dim, out_sharding=placed)
+    # In a product a NaN would reach what a mask hides: see `alibi_jax.attention.nonfinite`.
+    known = finite_rows(rows)[:, :, :, None] & finite_rows(keys)[:, :, None, :]
+    rows, keys = (replaced(x, ~jnp.isfinite(x), 0.0) for x in (rows, keys))
     logits = jnp.einsum("bkrd,bksd->bkrs", rows, keys, preferred_element_type=dtype)
+    logits += jnp.where(known, jnp.zeros((), dtype), jnp.nan)
     logits = logits.reshape(batch, key_heads, group, length, -1).reshape(batch, heads, length, -1)
     logits *= jnp.asarray(scale, dtype)
 
@@ -68,19 +73,23 @@ def dense(
         seen &= distance < window
     if segment_ids is not None and key_segment_ids is not None:
         seen = seen & (segment_ids[:, :, None] == key_segment_ids[:, None, :])
-    logits = jnp.where(seen[:, None], logits, -jnp.inf)
-
-    weights = _softmax(logits).astype(value.dtype)
+    seen = seen[:, None]
+    weights, fine = _softmax(jnp.where(seen, logits, -jnp.inf))
+    weights = jnp.where(seen, weights, 0.0).astype(value.dtype)
     rows = weights.reshape(batch, key_heads, group, length, -1)
     rows = rows.reshape(batch, key_heads, group * length, keys.shape[2], out_sharding=placed)
     output = jnp.einsum("bkrs,bksd->bkrd", rows, values, preferred_element_type=dtype)
     output = output.reshape(batch, key_heads, group, length, -1).transpose(0, 3, 1, 2, 4)
-    return output.reshape(batch, length, heads, -1).astype(query.dtype)
+    output = output.reshape(batch, length, heads, -1).astype(query.dtype)
+    # Chosen, so that the cotangent of such a row, which may be NaN, reaches no hidden value.
+    return jnp.where(fine.swapaxes(1, 2), output, jnp.nan)
 
 
-def _softmax(logits: Float[Array, "*B S"]) -> Float[Array, "*B S"]:
-    """Softmax over the last axis; a row of -inf gives zeros, with zero gradients."""
+def _softmax(
+    logits: Float[Array, "*B S"],
+) -> tuple[Float[Array, "*B S"], Bool[Array, "*B 1"]]:
+    """Softmax over the last axis, and whether there is one; -inf throughout gives zeros."""
     largest = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.exp(logits - jnp.where(largest == -jnp.inf, 0.0, largest))
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total == 0, 1.0, total)
+    return weights / jnp.where(total == 0, 1.0, total), ~jnp.isnan(total)

@@ -93,6 +93,17 @@ class Tokens(NamedTuple):
     window: Int[Array, ""] | None = None
 
 
+class Stats(NamedTuple):
+    """The softmax of each row, in two numbers: their log-sum-exp alone would round large logits.
+
+    A row that sees no key has an infinite `largest` and a `total` of 1. One that is not finite, for
+    it sees a NaN, has a `total` that is not.
+    """
+
+    largest: Float[Array, "B H T"]  # of the row's logits
+    total: Float[Array, "B H T"]  # the sum of exp(logit - largest)
+
+
 def key_ranges(
     query: Query,
     key: Key,
@@ -144,12 +155,16 @@ def key_ranges(
         """Return key tiles, the last axis, of all devices."""
         return x if axis is None else jax.lax.all_gather(x, axis, axis=x.ndim - 1, tiled=True)
 
-    # Only differences matter; as such they fit int32, wherever the positions wrap round.
-    origin = query_positions[:, :1]
+    # XLA would compute at compile time, and slowly, all that follows from positions that it knows.
+    query_positions, key_positions = jax.lax.optimization_barrier((query_positions, key_positions))
+    # What fits int32 is the difference of any query and any key, not of two queries or two keys,
+    # and positions may wrap round. So those of queries count from a key, and those of keys from a
+    # query: in that order they have minima and maxima.
+    origins = query_positions[:, :1], key_positions[:, :1]
     if axis is not None:
-        origin = jax.lax.all_gather(origin, axis)[0]
-    true_positions = query_positions
-    query_positions, key_positions = query_positions - origin, key_positions - origin
+        origins = jax.tree.map(lambda x: jax.lax.all_gather(x, axis)[0], origins)
+    apart = origins[1] - origins[0]
+    from_key, from_query = query_positions - origins[1], key_positions - origins[0]
 
     def of_any(of_queries: tuple[Array, Array]) -> tuple[Array, Array]:
         """Return the smallest and the largest of the queries of all devices."""
@@ -159,8 +174,9 @@ def key_ranges(
 
     # All that the table needs of keys: [B, K, nS], and limits [B, nS] or [1, nS].
     visible, _ = _sight(
-        of_any(_limits(query_positions, length)),
-        (key_positions, key_positions),
+        of_any(_limits(from_key, length)),
+        (from_query, from_query),
+        apart,
         causal=causal,
         window=window,
     )
@@ -168,16 +184,21 @@ def key_ranges(
         visible &= _meet(of_any(_limits(segment_ids, length)), (key_segment_ids, key_segment_ids))
     visible = visible.swapaxes(1, 2)[..., None]  # [B, S, 1, 1]
     keys = jnp.where(visible, key.astype(dtype), 0.0)
-    total, count = keys.sum(axis=1), visible.sum(axis=1, dtype=dtype)
-    loudest = jnp.linalg.norm(keys, axis=-1).max(axis=1)
+    # Those without a finite norm are no part of the mean, and nothing bounds their logits.
+    norms = jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    bounded = jnp.isfinite(norms)
+    keys, counted = jnp.where(bounded, keys, 0.0), visible & bounded
+    total, count = keys.sum(axis=1), counted.sum(axis=1, dtype=dtype)
+    loudest = jnp.where(bounded, norms, 0.0)[..., 0].max(axis=1)
     if axis is not None:
         total, count = jax.lax.psum((total, count), axis)
         loudest = jax.lax.pmax(loudest, axis)
     center = total / jnp.maximum(count, 1.0)
-    deviation = jnp.where(visible, keys - center[:, None], 0.0)
-    deviation = jnp.linalg.norm(deviation, axis=-1).swapaxes(1, 2)
+    deviation = jnp.linalg.norm(keys - center[:, None], axis=-1, keepdims=True)
+    deviation = jnp.where(visible, jnp.where(bounded, deviation, jnp.inf), 0.0)
+    deviation = deviation[..., 0].swapaxes(1, 2)
     largest = of_all(_tiles(deviation, key_tile).max(axis=-1))
-    position_limits = [of_all(x) for x in _limits(key_positions, key_tile)]
+    position_limits = [of_all(x) for x in _limits(from_query, key_tile)]
     segment_limits = None
     if key_segment_ids is not None:
         segment_limits = [of_all(x) for x in _limits(key_segment_ids, key_tile)]
@@ -196,8 +217,9 @@ def key_ranges(
             segments = segment_ids[b], key_segment_ids[b]
 
         seen, distance = _sight(
-            _limits(q_pos, query_tile),
+            _limits(from_key[b], query_tile),
             [x[b] for x in position_limits],
+            apart[b],
             causal=causal,
             window=window,
         )
@@ -208,7 +230,7 @@ def key_ranges(
             above = weight_bound(b, h, q_pos, k_pos, segments, distance)
         else:
             above = jnp.full(seen.shape, jnp.inf, dtype)
-        # Infinities never meet: -inf where unseen, +inf where nothing is known from below.
+        # -inf where unseen, +inf where nothing bounds the keys or nothing is known from below.
         share = jnp.exp(jnp.minimum(jnp.where(seen, above - log_half, -jnp.inf), 1.0))
         if sink:
             share = share.at[:, 0].set(0.0)
@@ -227,7 +249,7 @@ def key_ranges(
             lambda x: x[b, :, h], (bias.parts.queries, bias.parts.keys)
         )
 
-        norms = jnp.linalg.norm(q, axis=1)
+        norms = _or_infinite(jnp.linalg.norm(q, axis=1))
         shift = jnp.matmul(q, center[b, h // group], precision=EXACT)
         near_bias = partial(bias.at, of_head)
         near = _near(
@@ -235,26 +257,32 @@ def key_ranges(
             k,
             near_bias,
             (of_queries, of_keys),
-            (q_pos, k_pos, true_positions[b]),
+            (q_pos, k_pos),
             segments,
             window,
             causal=causal,
         )
         rounding = ROUNDING * (jnp.abs(near) + 2 * norms * loudest[b, h // group])
-        below = jnp.where(near == -jnp.inf, near, near - shift - rounding)
+        below = near - shift - rounding
+        below = jnp.where(jnp.isfinite(below), below, -jnp.inf)
 
         # max over i of |q_i| K_J - L_i, [nT, nS]
         norms, below = (_tiles(x, query_tile) for x in (norms, below))
         content = (1 + ROUNDING) * norms[:, :, None] * largest[b, h // group][None, None]
-        content = jnp.max(content - below[:, :, None], axis=1)
+        content = jnp.max(_or_infinite(content - below[:, :, None]), axis=1)
 
         of_queries = jax.tree.map(partial(_tiles, tile=query_tile), of_queries)
         of_keys = jax.tree.map(partial(_tiles, tile=key_tile), of_keys)
         most = bias.most(of_head, of_queries, of_keys, distance)
-        return math.log(key_tile) + content + most + ROUNDING * jnp.abs(most)
+        return _or_infinite(math.log(key_tile) + content + most + ROUNDING * jnp.abs(most))
 
     first, end = jax.lax.map(one_head, jnp.arange(batch * heads))
     return first.reshape(batch, heads, -1), end.reshape(batch, heads, -1)
+
+
+def _or_infinite(x: Array) -> Array:
+    """Return x with +inf for NaN, which a maximum on a CPU may pass over."""
+    return jnp.where(jnp.isnan(x), jnp.inf, x)
 
 
 def _tiles(x: Array, tile: int) -> Array:
@@ -272,18 +300,21 @@ def _limits(x: Int[Array, "*B L"], tile: int) -> tuple[Array, Array]:
 def _sight(
     of_queries: Sequence[Array],
     of_keys: Sequence[Array],
+    apart: Int[Array, "*B 1"],
     *,
     causal: bool,
     window: Int[Array, ""] | None,
 ) -> tuple[Bool[Array, "*B n m"], Int[Array, "*B n m"]]:
     """Return whether queries may see keys, and the least distance, by limits of their positions.
 
-    Limits are the smallest and the largest of each group of queries, [..., n], and keys, [..., m].
+    Limits are the smallest and the largest of each group of queries, [..., n], and keys, [..., m],
+    and `apart` is how far after that of keys the origin of queries is.
     """
     low_q, high_q = (x[..., :, None] for x in of_queries)
     low_k, high_k = (x[..., None, :] for x in of_keys)
-    before = low_q - high_k  # at least this far to the left of the queries
-    after = low_k - high_q
+    apart = apart[..., None]
+    before = low_q - high_k + apart  # at least this far to the left of the queries
+    after = low_k - high_q - apart
     distance = jnp.maximum(jnp.maximum(before, after), 0)
     seen = after <= 0 if causal else jnp.ones_like(after, bool)
     if window is not None:
@@ -313,7 +344,7 @@ def _near(
     k: Float[Array, "S D"],
     bias: Callable[..., Array],
     parts: tuple[Any, Any],
-    positions: tuple[Int[Array, "T"], Int[Array, "S"], Int[Array, "T"]],
+    positions: tuple[Int[Array, "T"], Int[Array, "S"]],
     segments: tuple[Array, Array] | None,
     window: Int[Array, ""] | None,
     *,
@@ -331,7 +362,7 @@ def _near(
       k: keys.
       bias: the bias of this head, as `at` of `alibi_jax.attention.biases` without its first.
       parts: what belongs to queries and to keys, leaves [T] and [S].
-      positions: of queries and keys, from one origin, and of queries as they are.
+      positions: of queries and of keys.
       segments: ids of queries and of keys, or None.
       window: the distance from which on keys are hidden, or None.
       causal: whether later keys are hidden.
@@ -367,7 +398,7 @@ def _near(
         jax.tree.map(lambda x: of_queries(x)[:, :, None], parts[0]),
         jax.tree.map(lambda x: of_keys(x)[:, None, :], parts[1]),
         distance,
-        of_queries(positions[2])[:, :, None],
+        of_queries(positions[0])[:, :, None],
     )
     exists = ((index >= 0) & (index < key_length)).reshape(count + 1, NEAR)
     seen = jnp.concatenate([exists[:-1], exists[1:]], axis=1)[:, None, :]

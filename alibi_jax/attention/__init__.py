@@ -190,7 +190,8 @@ def _attend(
     One of the two scales is None. Of `constants` the program depends, and so must its cache.
     """
     scale = fixed_scale if scale is None else scale
-    key, value = as_nan_keys(key, value)
+    if name != "blockwise":  # which does it tile by tile, and needs no copy
+        key, value = as_nan_keys(key, value)
     chosen = choice.IMPLEMENTATIONS[name]
     attend = partial(chosen.attend, causal=causal, tolerance=tolerance)
     if name == "dense":

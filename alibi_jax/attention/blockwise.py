@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int
 from alibi_jax.attention.biases import Bias, Parts, has_sink
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.context import Passes, ring_attention, without_marks
-from alibi_jax.attention.nonfinite import for_gradients
+from alibi_jax.attention.nonfinite import as_nan_keys, finite, finite_for_gradients
 from alibi_jax.attention.tiles import Plan, Stats, Tokens, key_ranges
 from alibi_jax.bias import float_dtype
 from alibi_jax.typing import (
@@ -70,7 +70,7 @@ def blockwise(
         query, key, value, bias, jnp.asarray(scale, dtype), tokens
     )
     ranges = key_ranges(
-        *jax.lax.stop_gradient((query, key, bias, factor)),
+        *jax.lax.stop_gradient((query, key, value, bias, factor)),
         causal=causal,
         **tokens._asdict(),
         tolerance=tolerance,
@@ -139,6 +139,7 @@ def _forward(plan, query, key, value, bias, scale, tokens, ranges):
             largest, total, mixed = carry
             columns = start, size
             k, v = (_tile(x, b, *columns, h // group).astype(dtype) for x in (key, value))
+            k, v = as_nan_keys(k, v)
             pairs = _pairs(plan, tokens, b, rows, columns, query_axis=0)
             tile_bias = _tile_bias(bias, _parts(bias, b, h, rows, columns), pairs)
             logits = jnp.where(pairs.seen, _dot(q, k, 1, 1) + tile_bias, -jnp.inf)
@@ -178,32 +179,23 @@ def _attend_forward(plan, *inputs):
 
 
 def _attend_backward(plan, kept, cotangent):
-    (query, key, value, *others), output, stats, of_bias = kept
-    dtypes = query.dtype, key.dtype, value.dtype
+    inputs, output, stats, of_bias = kept
+    query, key, value, *_ = inputs
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
         cotangent, _ = _vary_alike(cotangent, query)
-    query, key, cotangent, stats = for_gradients(query, key, cotangent, stats)
-    *grads, dbias, dscale = _backward(
-        plan,
-        (query, key, value, *others),
-        output,
-        stats,
-        cotangent,
-        of_bias=of_bias is not None,
+    dquery, dkey, dvalue, *rest = _backward(
+        plan, inputs, output, stats, cotangent, of_bias=of_bias is not None
     )
-    grads = [grad.astype(dtype) for grad, dtype in zip(grads, dtypes, strict=True)]
-    return *grads, dbias, dscale, None, None
+    grads = dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype)
+    return *grads, *rest, None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _backward(plan, inputs, output, stats, cotangent, *, of_bias):
-    """Return the gradients of query, key, value, bias and scale, all of them wide.
-
-    What is not finite is in `stats` alone, and in the output: see `for_gradients`.
-    """
+    """Return the gradients of query, key, value, bias and scale, all of them wide."""
     query, key, value, bias, scale, tokens, ranges = inputs
     group = query.shape[2] // key.shape[2]
     dtype = scale.dtype
@@ -212,6 +204,7 @@ def _backward(plan, inputs, output, stats, cotangent, *, of_bias):
         (b, h, i, first, end), (largest, total) = at
         rows = i * plan.query_tile, plan.query_tile
         q, out, dout = (_tile(x, b, *rows, h).astype(dtype) for x in (query, output, cotangent))
+        q, dout, largest, total = finite_for_gradients(q, dout, largest, total)
         # The weights below are not normalised, and what they are multiplied with is.
         dout /= total[:, None]
         # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
@@ -224,7 +217,8 @@ def _backward(plan, inputs, output, stats, cotangent, *, of_bias):
         def step(start, size, carry):
             dq, dhead_part, dkey, dvalue, dkey_part = carry
             columns = start, size
-            k, v = (_tile(x, b, *columns, h // group).astype(dtype) for x in (key, value))
+            # Rows that see what is not finite have NaN weights anyway.
+            k, v = (finite(_tile(x, b, *columns, h // group).astype(dtype)) for x in (key, value))
             pairs = _pairs(plan, tokens, b, rows, columns, query_axis=1)
             parts = _parts(bias, b, h, rows, columns)
             logits = _dot(k, scaled, 1, 1) + _tile_bias(bias, parts, pairs)

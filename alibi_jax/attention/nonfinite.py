@@ -7,7 +7,7 @@ masks are chosen over: a key or a value that is not finite becomes a NaN key (`a
 logits are NaN wherever it is seen, and makes the whole row NaN.
 
 The backward pass has the same rule for rows: one that is NaN, or whose cotangent is, has NaN
-weights for the keys that it sees, and all other inputs are finite (`for_gradients`).
+weights for the keys that it sees, and all other inputs are finite (`finite_for_gradients`).
 """
 
 from functools import partial
@@ -18,20 +18,19 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float
 
-from alibi_jax.attention.tiles import Stats
-from alibi_jax.typing import Attended, Key, Query, Value
 
-
-def as_nan_keys(key: Key, value: Value) -> tuple[Key, Value]:
+def as_nan_keys(
+    key: Float[Array, "*B D"], value: Float[Array, "*B Dv"]
+) -> tuple[Float[Array, "*B D"], Float[Array, "*B Dv"]]:
     """Return keys and values where all that is not finite is in keys, and those are all NaN.
 
     Args:
-      key: floating [B, S, K, D].
-      value: floating [B, S, K, Dv].
+      key: floating [*B, D].
+      value: floating [*B, Dv].
 
     Returns:
-      The same, but where a key head of a token has any number in either that is not finite its key
-      is NaN and its value 0. Gradients are those of the identity.
+      The same, but where any number in either is not finite the key is NaN throughout and the value
+      0. Gradients are those of the identity.
     """
     wrong = ~(finite_rows(key) & finite_rows(value))
     return replaced(key, wrong[..., None], jnp.nan), replaced(value, wrong[..., None], 0.0)
@@ -53,23 +52,27 @@ def _replaced_jvp(by: float, primals: Any, tangents: Any) -> tuple[Array, Array]
     return replaced(*primals, by), tangents[0]
 
 
-def for_gradients(
-    query: Query, key: Key, cotangent: Attended, stats: Stats
-) -> tuple[Query, Key, Attended, Stats]:
-    """Return what a backward pass computes with: finite arrays, and in `stats` what is not.
+def finite(x: Array) -> Array:
+    """Return x with 0 for what is not finite."""
+    return jnp.where(jnp.isfinite(x), x, 0)
+
+
+def finite_for_gradients(
+    query: Float[Array, "*B D"], cotangent: Float[Array, "*B Dv"], largest: Array, total: Array
+) -> tuple[Array, Array, Array, Array]:
+    """Return the rows that a backward pass computes with: all finite but for `largest`.
 
     Args:
-      query: floating [B, T, H, D].
-      key: [B, S, K, D], of `as_nan_keys`.
-      cotangent: of the output, [B, T, H, Dv].
-      stats: of the forward pass, [B, H, T].
+      query: of each row, as the model gave it.
+      cotangent: of each row's output.
+      largest: of the row's logits, [*B]: see `alibi_jax.attention.tiles.Stats`.
+      total: the sum of exp(logit - largest), [*B].
 
     Returns:
-      The same, with 0 for what is not finite. The `largest` of a row is NaN where its query, its
-      cotangent or its softmax is not finite, and so are then its weights `exp(logit - largest)`:
-      choose 0 for hidden keys over them.
+      The same, with 0 for what is not finite. `largest` is NaN where the query, the cotangent or
+      the softmax of a row is not finite, and so are then its weights `exp(logit - largest)`: for
+      hidden keys choose 0 over them. Doing this twice does no more than once.
     """
-    fine = (finite_rows(query) & finite_rows(cotangent)).swapaxes(1, 2) & jnp.isfinite(stats.total)
-    stats = Stats(jnp.where(fine, stats.largest, jnp.nan), jnp.where(fine, stats.total, 1.0))
-    query, key, cotangent = (jnp.where(jnp.isfinite(x), x, 0) for x in (query, key, cotangent))
-    return query, key, cotangent, stats
+    fine = finite_rows(query) & finite_rows(cotangent) & jnp.isfinite(total)
+    largest, total = jnp.where(fine, largest, jnp.nan), jnp.where(fine, total, 1.0)
+    return finite(query), finite(cotangent), largest, total

@@ -65,8 +65,9 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from alibi_jax.attention.biases import Bias, has_sink
+from alibi_jax.attention.nonfinite import finite_rows
 from alibi_jax.bias import distances
-from alibi_jax.typing import Key, Query
+from alibi_jax.typing import Key, Query, Value
 
 NEAR = 32
 EXACT = jax.lax.Precision.HIGHEST  # float32 products would be of 16 bits on a TPU otherwise
@@ -107,6 +108,7 @@ class Stats(NamedTuple):
 def key_ranges(
     query: Query,
     key: Key,
+    value: Value,
     bias: Bias,
     scale: Float[Array, ""],
     *,
@@ -126,6 +128,7 @@ def key_ranges(
     Args:
       query: floating [B, T, H, D]; all arguments are as in `alibi_jax.attention`.
       key: floating [B, S, K, D].
+      value: floating [B, S, K, Dv], of which it only matters whether it is finite.
       bias: of the dtype to compute in.
       scale: factor of `query.key`, of that dtype.
       causal: whether keys after the query are hidden.
@@ -184,9 +187,9 @@ def key_ranges(
         visible &= _meet(of_any(_limits(segment_ids, length)), (key_segment_ids, key_segment_ids))
     visible = visible.swapaxes(1, 2)[..., None]  # [B, S, 1, 1]
     keys = jnp.where(visible, key.astype(dtype), 0.0)
-    # Those without a finite norm are no part of the mean, and nothing bounds their logits.
+    # Those that are not finite must be met by all who see them, and are no part of the mean.
     norms = jnp.linalg.norm(keys, axis=-1, keepdims=True)
-    bounded = jnp.isfinite(norms)
+    bounded = jnp.isfinite(norms) & finite_rows(value)[..., None]
     keys, counted = jnp.where(bounded, keys, 0.0), visible & bounded
     total, count = keys.sum(axis=1), counted.sum(axis=1, dtype=dtype)
     loudest = jnp.where(bounded, norms, 0.0)[..., 0].max(axis=1)

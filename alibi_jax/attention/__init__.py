@@ -12,6 +12,7 @@ from jax import Array
 from alibi_jax.attention import choice
 from alibi_jax.attention.biases import Bias, LinearBias, PrefixBias, as_bias, beyond_slopes
 from alibi_jax.attention.case import Case
+from alibi_jax.attention.derivatives import ADVICE
 from alibi_jax.attention.devices import per_device
 from alibi_jax.attention.nonfinite import as_nan_keys
 from alibi_jax.attention.placement import length_is_sharded, whole_length
@@ -26,6 +27,8 @@ from alibi_jax.typing import (
     Slopes,
     Value,
 )
+
+DTYPES = tuple(map(jnp.dtype, ("bfloat16", "float16", "float32", "float64")))
 
 
 def attention(
@@ -108,14 +111,17 @@ def attention(
 
     bias = as_bias(slopes, query.dtype, batch, heads, (length, key.shape[1]))
     window = _window(window)
+    if not isinstance(causal, bool | np.bool_):
+        raise TypeError(f"causal must be True or False, got {causal!r}")
     if scale is None:
         scale = 1 / math.sqrt(head_dim)
     elif jnp.shape(scale) != ():
         raise ValueError(f"scale must be a scalar, got the shape {jnp.shape(scale)}")
-    if tolerance is not None and not 0 <= tolerance < 1:
+    if not is_known(tolerance):
+        raise TypeError(f"tolerance must be a number that is known when tracing, got {tolerance}")
+    tolerance = float(jnp.finfo(query.dtype).eps) / 2 if tolerance is None else float(tolerance)
+    if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance must be None or at least 0 and below 1, got {tolerance}")
-    if tolerance is None:
-        tolerance = float(jnp.finfo(query.dtype).eps) / 2
 
     case = Case(
         choice.platform(),
@@ -143,25 +149,33 @@ def attention(
     query_positions, key_positions = _positions(query_positions, key_positions, *sizes)
     segment_ids, key_segment_ids = _segments(segment_ids, key_segment_ids, *sizes)
     chosen = choice.IMPLEMENTATIONS[implementation]
-    return _attend(
-        query,
-        key,
-        value,
-        bias,
-        None if chosen.fixed_scale else scale,
-        {
-            "query_positions": query_positions,
-            "key_positions": key_positions,
-            "segment_ids": segment_ids,
-            "key_segment_ids": key_segment_ids,
-        },
-        window,
-        name=implementation,
-        causal=causal,
-        tolerance=tolerance,
-        fixed_scale=case.scale if chosen.fixed_scale else None,
-        constants=chosen.constants(),
-    )
+    tokens = {
+        "query_positions": query_positions,
+        "key_positions": key_positions,
+        "segment_ids": segment_ids,
+        "key_segment_ids": key_segment_ids,
+    }
+    try:
+        return _attend(
+            query,
+            key,
+            value,
+            bias,
+            None if chosen.fixed_scale else scale,
+            tokens,
+            window,
+            name=implementation,
+            causal=causal,
+            tolerance=tolerance,
+            fixed_scale=case.scale if chosen.fixed_scale else None,
+            constants=chosen.constants(),
+        )
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            f"implementation={implementation!r} has no derivative in forward mode (jvp): {ADVICE}"
+        ) from error
 
 
 # One program for each shape, also where `attention` is called outside of jit.
@@ -190,6 +204,10 @@ def _attend(
     One of the two scales is None. Of `constants` the program depends, and so must its cache.
     """
     scale = fixed_scale if scale is None else scale
+    if window is not None:
+        # One that was not known could not be refused: with NaN it does not pass for an answer.
+        scale = jnp.where(window >= 1, scale, jnp.nan)
+        window = jnp.maximum(window, 1)
     if name != "blockwise":  # which does it tile by tile, and needs no copy
         key, value = as_nan_keys(key, value)
     chosen = choice.IMPLEMENTATIONS[name]
@@ -231,8 +249,10 @@ def _check_inputs(query: Array, key: Array, value: Array) -> None:
     dtypes = f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
     if not query.dtype == key.dtype == value.dtype:
         raise TypeError(f"query, key and value must have one dtype, got {dtypes}; cast them first")
-    if not jnp.issubdtype(query.dtype, jnp.floating):
-        raise TypeError(f"query, key and value must be floating, got {dtypes}")
+    if query.dtype not in DTYPES:
+        raise TypeError(
+            f"query, key and value must be {', '.join(map(str, DTYPES))}, got {dtypes}; cast them"
+        )
 
 
 def _positions(
@@ -274,14 +294,15 @@ def _window(window: Any) -> Array | None:
     """Check a window, as a scalar i32, or None."""
     if window is None:
         return None
-    known = is_known(window)
-    if known and (jnp.shape(window) != () or not 1 <= window < 2**31):
-        raise ValueError(f"window must be an integer from 1 to 2^31 - 1, or None; got {window}")
-    window = jnp.asarray(window)
+    if is_known(window):
+        # In NumPy: what is computed of JAX's arrays inside jit is no longer known.
+        window = np.asarray(window)
+        if window.shape != () or not 1 <= window < 2**31:
+            raise ValueError(f"window must be an integer from 1 to 2^31 - 1, or None; got {window}")
     check_integer("window", window)
     if window.shape != ():
         raise ValueError(f"window must be a scalar, got the shape {window.shape}")
-    return window.astype(jnp.int32)
+    return jnp.asarray(window).astype(jnp.int32)
 
 
 def _pair(name: str, of_query: Any, of_key: Any, length: int, key_length: int) -> tuple[Any, Any]:

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from alibi_jax.attention.biases import Bias, Parts, has_sink
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.context import Passes, ring_attention, without_marks
+from alibi_jax.attention.derivatives import reverse_once
 from alibi_jax.attention.nonfinite import as_nan_keys, finite, finite_for_gradients
 from alibi_jax.attention.tiles import Plan, Stats, Tokens, key_ranges
 from alibi_jax.bias import float_dtype
@@ -35,6 +36,10 @@ from alibi_jax.typing import (
 # but it takes some 10^7 multiplications in a product until XLA's CPU backend uses a second core.
 # Up to twice as many queries are one tile: there is little that they could leave out.
 QUERY_TILE, KEY_TILE, STEP = 512, 256, 1024
+# By how much a logit of the backward pass may exceed the largest of the forward pass. At 0 the
+# largest weights would be rounded down more often than up; without a bound logits of 10^8 are off
+# by several units, and weights by as many powers of e.
+SLACK = 1e-3
 
 
 def blockwise(
@@ -69,25 +74,32 @@ def blockwise(
     query, key, value, bias, factor, tokens = _vary_alike(
         query, key, value, bias, jnp.asarray(scale, dtype), tokens
     )
-    ranges = key_ranges(
-        *jax.lax.stop_gradient((query, key, value, bias, factor)),
-        causal=causal,
-        **tokens._asdict(),
-        tolerance=tolerance,
-        query_tile=tile,
-        key_tile=key_tile,
-        axis=axis,
-    )
+    if axis is None and max(length, key_length) <= 2 * QUERY_TILE:
+        # One tile of queries, whose first and last leave out next to nothing between them.
+        first = jnp.full((len(query), query.shape[2], 1), int(has_sink(bias)), jnp.int32)
+        ranges = _vary_alike((first, jnp.full_like(first, -(-key_length // key_tile))), query)[0]
+    else:
+        ranges = key_ranges(
+            *jax.lax.stop_gradient((query, key, value, bias, factor)),
+            causal=causal,
+            **tokens._asdict(),
+            tolerance=tolerance,
+            query_tile=tile,
+            key_tile=key_tile,
+            axis=axis,
+        )
     attend = _attend if axis is None else partial(ring_attention, axis, PASSES)
     tiles = tile, key_tile
+    pad_edge = partial(_pad, mode="edge")
     output = attend(
         Plan(causal, key_length, *tiles, sink=has_sink(bias)),
         _pad(query, tile),
         _pad(key, key_tile),
         _pad(value, key_tile),
-        bias.with_parts(Parts(bias.parts.heads, *map(_pad, bias.parts[1:], tiles))),
+        # With what is there: a bias may be finite nowhere else.
+        bias.with_parts(Parts(bias.parts.heads, *map(pad_edge, bias.parts[1:], tiles))),
         factor,
-        Tokens(*map(_pad, tokens[:4], tiles + tiles))._replace(window=tokens.window),
+        Tokens(*map(pad_edge, tokens[:4], tiles + tiles))._replace(window=tokens.window),
         ranges,
     )
     return output[:, :length]
@@ -188,7 +200,7 @@ def _attend_backward(plan, kept, cotangent):
         plan, inputs, output, stats, cotangent, of_bias=of_bias is not None
     )
     grads = dquery.astype(query.dtype), dkey.astype(key.dtype), dvalue.astype(value.dtype)
-    return *grads, *rest, None, None
+    return *reverse_once((*grads, *rest)), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
@@ -223,8 +235,8 @@ def _backward(plan, inputs, output, stats, cotangent, *, of_bias):
             parts = _parts(bias, b, h, rows, columns)
             logits = _dot(k, scaled, 1, 1) + _tile_bias(bias, parts, pairs)
             logits -= largest[None, :]
-            # At most 0, but for other rounding here than in the forward pass. (False for NaN.)
-            logits = jnp.where(logits > 0, 0.0, logits)
+            # At most 0, but for other rounding than in the forward pass. (False for NaN.)
+            logits = jnp.where(logits > SLACK, SLACK, logits)
             weights = jnp.exp(jnp.where(pairs.seen, logits, -jnp.inf))
             dweights = _dot(v, dout, 1, 1) - mean[None, :]
             dlogits = jnp.where(pairs.seen, weights * dweights, 0.0)
@@ -362,11 +374,12 @@ def _tiles(ranges: tuple[Array, Array]) -> tuple[Array, ...]:
     return tuple(x.reshape(-1) for x in (*indices, *ranges))
 
 
-def _pad(tree: Any, tile: int) -> Any:
-    """Return arrays [B, L, ...] with L filled up to whole tiles."""
+def _pad(tree: Any, tile: int, mode: str = "constant") -> Any:
+    """Return arrays [B, L, ...] with L filled up to whole tiles, as `jnp.pad` does."""
 
     def pad(x: Array) -> Array:
-        return jnp.pad(x, [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2))
+        widths = [(0, 0), (0, -x.shape[1] % tile)] + [(0, 0)] * (x.ndim - 2)
+        return jnp.pad(x, widths, mode=mode)
 
     return jax.tree.map(pad, tree)
 

@@ -92,7 +92,7 @@ def blockwise(
     tiles = tile, key_tile
     pad_edge = partial(_pad, mode="edge")
     output = attend(
-        Plan(causal, key_length, *tiles, sink=has_sink(bias)),
+        Plan(causal, key_length, *tiles, sink=has_sink(bias), step=min(STEP, key_length)),
         _pad(query, tile),
         _pad(key, key_tile),
         _pad(value, key_tile),
@@ -206,6 +206,7 @@ def _attend_backward(plan, kept, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
+@partial(jax.jit, static_argnames=("plan", "of_bias"), inline=True)  # for an eager `jax.grad`
 def _backward(plan, inputs, output, stats, cotangent, *, of_bias):
     """Return the gradients of query, key, value, bias and scale, all of them wide."""
     query, key, value, bias, scale, tokens, ranges = inputs
@@ -290,12 +291,12 @@ def _over_keys(
 ) -> tuple[Array, ...]:
     """Run `step(start, size, carry)` over key tiles first to end.
 
-    It takes STEP keys at a time, and what is then left in halves of that: a tile alone is too small
-    a product for two cores. Where the first key is a sink, tile 0 comes before the range.
+    It takes `plan.step` keys at a time, and what is then left in halves of that: a tile alone is
+    too small a product for two cores. Where the first key is a sink, tile 0 comes before the range.
     """
     if plan.sink:
         carry = step(jnp.zeros_like(first), plan.key_tile, carry)
-    count = max(min(STEP, plan.key_length) // plan.key_tile, 1)
+    count = max(plan.step // plan.key_tile, 1)
     while count:
         num_steps = (end - first) // count
 

@@ -82,6 +82,7 @@ class Plan(NamedTuple):
     query_tile: int
     key_tile: int
     sink: bool = False  # the first key is at distance 0 from all
+    step: int = 0  # keys to take at a time, for an implementation that takes several tiles
 
 
 class Tokens(NamedTuple):

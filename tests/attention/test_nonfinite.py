@@ -1,4 +1,4 @@
-"""NaN and infinity: what no row sees may not matter, what a row sees must show; in gradients too."""
+"""NaN and infinity: what no row sees may not matter, what one sees must show, in gradients too."""
 
 import importlib
 from functools import partial

@@ -189,9 +189,9 @@ def horizon(
 
     Returns:
       i32[H], at least 1 and at most `length`; float32 rounding may move it where the probability
-      is within 1e-4 + 3e-7 * logit_range of `tolerance`, relatively. Without a length it is 2147483647 (`NEVER`) for a
-      head from which nothing can be dropped at any distance that int32 holds: slope 0, tolerance 0,
-      or a slope too small for the range. All arguments may be traced.
+      is within 1e-4 + 3e-7 * logit_range of `tolerance`, relatively. Without a length it is
+      2147483647 (`NEVER`) for a head from which nothing can be dropped at any distance that int32
+      holds: slope 0, tolerance 0, or a slope too small for the range. All arguments may be traced.
 
     Raises:
       TypeError: `slopes` is not floating, or `length` not an integer.

@@ -212,6 +212,7 @@ def _attend(
     One of the two scales is None. Of `constants` the program depends, and so must its cache.
     """
     scale = fixed_scale if scale is None else scale
+    assert scale is not None
     if window is not None:
         # One that was not known could not be refused: with NaN it does not pass for an answer.
         scale = jnp.where(window >= 1, scale, jnp.nan)

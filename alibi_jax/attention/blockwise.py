@@ -19,7 +19,7 @@ from alibi_jax.attention.biases import Bias, Parts, has_sink
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.context import Passes, ring_attention, without_marks
 from alibi_jax.attention.derivatives import reverse_once
-from alibi_jax.attention.nonfinite import as_nan_keys, finite, finite_for_gradients
+from alibi_jax.attention.nonfinite import as_nan_keys, as_nan_rows, finite, finite_for_gradients
 from alibi_jax.attention.tiles import Plan, Stats, Tokens, key_ranges
 from alibi_jax.bias import float_dtype
 from alibi_jax.typing import (
@@ -145,7 +145,7 @@ def _forward(plan, query, key, value, bias, scale, tokens, ranges):
     def one_tile(output: Array, at: tuple[Array, ...]) -> tuple[Array, Stats]:
         b, h, i, first, end = at
         rows = i * plan.query_tile, plan.query_tile
-        q = _tile(query, b, *rows, h).astype(dtype) * scale
+        q = as_nan_rows(_tile(query, b, *rows, h).astype(dtype)) * scale
 
         def step(start: Array, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             largest, total, mixed = carry

@@ -76,13 +76,14 @@ def blockwise(
         ranges = _vary_alike((first, jnp.full_like(first, -(-key_length // key_tile))), query)[0]
     else:
         ranges = key_ranges(
-            *jax.lax.stop_gradient((query, key, value, bias, factor)),
+            *jax.lax.stop_gradient((query, key, bias, factor)),
             causal=causal,
             **tokens._asdict(),
             tolerance=tolerance,
             query_tile=tile,
             key_tile=key_tile,
             axis=axis,
+            value=jax.lax.stop_gradient(value),
         )
     attend = _attend if axis is None else partial(ring_attention, axis, PASSES)
     tiles = tile, key_tile

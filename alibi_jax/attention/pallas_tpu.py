@@ -109,7 +109,7 @@ def pallas_tpu(
         jnp.asarray(query_positions), jnp.asarray(key_positions), segment_ids, key_segment_ids
     )
     ranges = key_ranges(
-        *jax.lax.stop_gradient((query, key, value, LinearBias(slopes), scale)),
+        *jax.lax.stop_gradient((query, key, LinearBias(slopes), scale)),
         causal=causal,
         **tokens._asdict(),
         tolerance=tolerance,

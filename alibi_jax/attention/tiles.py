@@ -113,7 +113,6 @@ class Stats(NamedTuple):
 def key_ranges(
     query: Query,
     key: Key,
-    value: Value,
     bias: Bias,
     scale: Float[Array, ""],
     *,
@@ -127,13 +126,13 @@ def key_ranges(
     query_tile: int,
     key_tile: int,
     axis: str | None = None,
+    value: Value | None = None,
 ) -> tuple[Int[Array, "B H nT"], Int[Array, "B H nT"]]:
     """Return the first key tile to compute and the one to stop before, for each query tile.
 
     Args:
       query: floating [B, T, H, D]; all arguments are as in `alibi_jax.attention`.
       key: floating [B, S, K, D].
-      value: floating [B, S, K, Dv], of which it only matters whether it is finite.
       bias: of the dtype to compute in.
       scale: factor of `query.key`, of that dtype.
       causal: whether keys after the query are hidden.
@@ -148,6 +147,8 @@ def key_ranges(
       axis: the mesh axis of a surrounding `jax.shard_map` that sequences are divided over, if any.
         T and S are then those of one device, and n devices have the key tiles of each one after
         those of the one before, n * ceil(S / key_tile) in all.
+      value: floating [B, S, K, Dv], of which it only matters whether it is finite; None: it is, or
+        its keys are NaN where it is not.
 
     Returns:
       i32[B, H, ceil(T / query_tile)] twice, `0 <= first <= end`, and end at most the number of key
@@ -194,7 +195,9 @@ def key_ranges(
     keys = jnp.where(visible, key.astype(dtype), 0.0)
     # Those that are not finite must be met by all who see them, and are no part of the mean.
     norms = jnp.linalg.norm(keys, axis=-1, keepdims=True)
-    bounded = jnp.isfinite(norms) & finite_rows(value)[..., None]
+    bounded = jnp.isfinite(norms)
+    if value is not None:
+        bounded &= finite_rows(value)[..., None]
     keys, counted = jnp.where(bounded, keys, 0.0), visible & bounded
     total, count = keys.sum(axis=1), counted.sum(axis=1, dtype=dtype)
     loudest = jnp.where(bounded, norms, 0.0)[..., 0].max(axis=1)

@@ -19,8 +19,8 @@ from alibi_jax.attention.biases import Bias, Parts, has_sink
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.context import Passes, ring_attention, without_marks
 from alibi_jax.attention.derivatives import reverse_once
-from alibi_jax.attention.nonfinite import as_nan_keys, finite, finite_for_gradients
-from alibi_jax.attention.tiles import Plan, Stats, Tokens, key_ranges
+from alibi_jax.attention.nonfinite import as_nan_keys, as_nan_rows, finite, finite_for_gradients
+from alibi_jax.attention.tiles import SLACK, Plan, Stats, Tokens, key_ranges
 from alibi_jax.bias import float_dtype
 from alibi_jax.typing import (
     Attended,
@@ -36,10 +36,6 @@ from alibi_jax.typing import (
 # but it takes some 10^7 multiplications in a product until XLA's CPU backend uses a second core.
 # Up to twice as many queries are one tile: there is little that they could leave out.
 QUERY_TILE, KEY_TILE, STEP = 512, 256, 1024
-# By how much a logit of the backward pass may exceed the largest of the forward pass. At 0 the
-# largest weights would be rounded down more often than up; without a bound logits of 10^8 are off
-# by several units, and weights by as many powers of e.
-SLACK = 1e-3
 
 
 def blockwise(
@@ -146,7 +142,7 @@ def _forward(plan, query, key, value, bias, scale, tokens, ranges):
     def one_tile(output: Array, at: tuple[Array, ...]) -> tuple[Array, Stats]:
         b, h, i, first, end = at
         rows = i * plan.query_tile, plan.query_tile
-        q = _tile(query, b, *rows, h).astype(dtype) * scale
+        q = as_nan_rows(_tile(query, b, *rows, h).astype(dtype)) * scale
 
         def step(start: Array, size: int, carry: tuple[Array, ...]) -> tuple[Array, ...]:
             largest, total, mixed = carry

@@ -20,15 +20,21 @@ What remains is the kernel's own float32 sum, whose terms are as large as slope 
 positions count from the middle. A logit is off by a few 2^-24 of the slope times half the length:
 for the steepest of 16 heads (0.71) at 65,536 tokens 0.001 to 0.009, depending on how the hardware
 sums, where 16-bit weights are rounded by up to 0.004 of themselves.
+
+Such kernels add their masks, so that a NaN reaches rows that do not see it. They are given finite
+numbers, and a running test over keys says which rows are NaN, and over rows which gradients.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.pallas.ops.tpu import splash_attention
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from alibi_jax.attention.case import Case, refusal_beyond_slopes
+from alibi_jax.attention.nonfinite import finite, finite_rows
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -152,8 +158,14 @@ def cudnn(
     noise to each row's share of it: 3 % for the steepest of 16 heads at 16,384 tokens and growing
     with the length; without the query's own columns it would be 20 times the gradient itself.
     """
-    del causal, segment_ids, key_segment_ids, tolerance
-    scale = float(scale)
+    del causal, key_segment_ids, tolerance
+    tokens = query_positions, key_positions, segment_ids
+    return _causal(partial(_cudnn, float(scale)), query, key, value, slopes, tokens)
+
+
+def _cudnn(scale, query, key, value, slopes, tokens):
+    """Compute `cudnn` of what is finite."""
+    query_positions, key_positions, _ = tokens
     query, key = with_columns(query, key, slopes / scale, query_positions, key_positions)
     length, value_dim = value.shape[1], value.shape[3]
     # JAX's function wants one head dim for all three, and an even length to train with. Zeros
@@ -209,10 +221,17 @@ def splash(
     It is here to compare with. The kernel has no scale: queries are multiplied beforehand, which
     rounds them once more unless the scale is a power of two.
     """
-    del causal, tolerance
+    del causal, key_segment_ids, tolerance
+    query = (query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)).astype(query.dtype)
+    tokens = query_positions, key_positions, segment_ids
+    return _causal(_splash, query, key, value, slopes, tokens)
+
+
+def _splash(query, key, value, slopes, tokens):
+    """Compute `splash` of what is finite and scaled."""
+    query_positions, key_positions, segment_ids = tokens
     length, key_length = query.shape[1], key.shape[1]
     block, key_block = _splash_block(length), _splash_block(key_length)
-    query = (query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)).astype(query.dtype)
     query, key = with_columns(query, key, slopes, query_positions, key_positions)
     # Keys after the last are hidden by the mask; queries after the last are cut off below.
     query = _pad(query, 1, -(-length // block) * block)
@@ -233,10 +252,8 @@ def splash(
         q_seq_shards=1,
     )
     segments = None
-    if segment_ids is not None and key_segment_ids is not None:
-        segments = splash_attention.SegmentIds(
-            *(_pad(x, 1, n) for x, n in zip((segment_ids, key_segment_ids), shape, strict=True))
-        )
+    if segment_ids is not None:
+        segments = splash_attention.SegmentIds(*(_pad(segment_ids, 1, n) for n in shape))
     output = jax.vmap(kernel)(*(x.swapaxes(1, 2) for x in (query, key, value)), segments)
     return output.swapaxes(1, 2)[:, :length]
 
@@ -256,6 +273,66 @@ def refusal_splash(case: Case) -> str | None:
     if case.segmented and not case.shared_segments:
         return "takes no key_segment_ids: every query must see a key"
     return _refusal_of_bias(case)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _causal(kernel, query, key, value, slopes, tokens):
+    """Return `kernel(query, key, value, slopes, tokens)`, causal attention whose ends align.
+
+    The kernel never gets what is not finite. A row that sees some of it is NaN, and so are the
+    gradients that it has a part in. Values are finite (`nonfinite.as_nan_keys`), and `tokens` are
+    positions of queries and keys, and segment ids or None.
+    """
+    return _causal_forward(kernel, query, key, value, slopes, tokens)[0]
+
+
+def _causal_forward(kernel, query, key, value, slopes, tokens):
+    attend, segment_ids = partial(kernel, tokens=tokens), tokens[2]
+    output, pullback = jax.vjp(attend, finite(query), finite(key), value, slopes)
+    (length, heads), key_heads = query.shape[1:3], key.shape[2]
+    poisoned = _any_so_far(~finite_rows(key), segment_ids)[:, -length:]
+    poisoned = jnp.repeat(poisoned, heads // key_heads, axis=2) | ~finite_rows(query)
+    output = jnp.where(poisoned[..., None], jnp.nan, output)
+    return output, (pullback, poisoned, segment_ids)
+
+
+def _causal_backward(kernel, kept, cotangent):
+    pullback, poisoned, segment_ids = kept
+    dquery, dkey, dvalue, dslopes = pullback(finite(cotangent))
+    (batch, key_length, key_heads, _), length = dkey.shape, dquery.shape[1]
+    poisoned |= ~finite_rows(cotangent)
+    of_key_heads = poisoned.reshape(batch, length, key_heads, -1).any(axis=-1)
+    # Keys before the first query have no row of their own.
+    rows = jnp.pad(of_key_heads, [(0, 0), (key_length - length, 0), (0, 0)])[:, ::-1]
+    ids = None if segment_ids is None else segment_ids[:, ::-1]
+    seen = _any_so_far(rows, ids)[:, ::-1, :, None]
+    return (
+        jnp.where(poisoned[..., None], jnp.nan, dquery),
+        jnp.where(seen, jnp.nan, dkey),
+        jnp.where(seen, jnp.nan, dvalue),
+        jnp.where(poisoned.any(axis=(0, 1)), jnp.nan, dslopes),
+        None,
+    )
+
+
+_causal.defvjp(_causal_forward, _causal_backward)
+
+
+def _any_so_far(
+    flags: Bool[Array, "B L K"], segment_ids: SegmentIds | None
+) -> Bool[Array, "B L K"]:
+    """Return whether a token, or one of its segment before it, has the flag."""
+    if segment_ids is None:
+        return jax.lax.cummax(flags.astype(jnp.int8), axis=1) > 0
+    # With equal ids side by side: is the last flag at or after where the segment starts?
+    order = jnp.argsort(segment_ids, axis=1, stable=True)
+    ids = jnp.take_along_axis(segment_ids, order, axis=1)[:, :, None]
+    flags = jnp.take_along_axis(flags, order[:, :, None], axis=1)
+    index = jnp.arange(flags.shape[1], dtype=jnp.int32)[None, :, None]
+    starts = jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0), (0, 0)])
+    start = jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    last = jax.lax.cummax(jnp.where(flags, index, -1), axis=1)
+    return jnp.take_along_axis(last >= start, jnp.argsort(order, axis=1)[:, :, None], axis=1)
 
 
 def _refusal_of_bias(case: Case) -> str | None:

@@ -1,8 +1,8 @@
 """Attention over sequences that are divided over devices: chunks of keys go round a ring.
 
 Each device keeps its chunk of queries, and the chunks of keys and values come by, from one device
-further at each hop (Liu et al., arXiv:2310.01889). What they contribute to a row is combined by its
-log-sum-exp. In the backward pass the gradients of a chunk travel with it, and then home.
+further at each hop (Liu et al., arXiv:2310.01889). What they contribute to a row is combined by
+the row's `Stats`. In the backward pass the gradients of a chunk travel with it, and then home.
 
 With the decay, few devices are within reach of a row. `alibi_jax.attention.tiles` makes the table
 of the whole sequence, which says for each key head how many hops bring every chunk to all who need
@@ -20,7 +20,8 @@ from jax import Array
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Int
 
-from alibi_jax.attention.tiles import Plan, Tokens
+from alibi_jax.attention.derivatives import reverse_once
+from alibi_jax.attention.tiles import Plan, Stats, Tokens
 
 
 class Passes(NamedTuple):
@@ -28,9 +29,9 @@ class Passes(NamedTuple):
 
     Attributes:
       forward: `(plan, query, key, value, bias, scale, tokens, ranges)` to the output, in the
-        dtype of `query`, and each row's log-sum-exp [B, H, T], +inf for rows that see no key.
-      backward: `(plan, (query, ..., ranges), output, lse, cotangent, of_bias=...)`, with the
-        output and log-sum-exp over all keys, to the gradients of query, in its dtype, and of key,
+        dtype of `scale`, and the `Stats` of its rows.
+      backward: `(plan, (query, ..., ranges), output, stats, cotangent, of_bias=...)`, with the
+        output and `Stats` over all keys, to the gradients of query, in its dtype, and of key,
         value, bias and scale, in the dtype of scale. Where `of_bias` is false nobody reads that of
         the bias.
 
@@ -38,7 +39,7 @@ class Passes(NamedTuple):
     `DistanceBias` of `alibi_jax.attention.biases`.
     """
 
-    forward: Callable[..., tuple[Array, Array]]
+    forward: Callable[..., tuple[Array, Stats]]
     backward: Callable[..., tuple[Array, ...]]
 
 
@@ -106,11 +107,12 @@ def ring_attention(axis, passes, plan, query, key, value, bias, scale, tokens, r
       tokens: the `Tokens` of this device.
       ranges: what `key_ranges` returns, of key tiles that are numbered through all devices.
     """
-    return _forward(axis, passes, plan, query, key, value, bias, scale, tokens, ranges)[0]
+    output, *_ = _forward(axis, passes, plan, query, key, value, bias, scale, tokens, ranges)
+    return _merge(output).astype(query.dtype)
 
 
 def _forward(axis, passes, plan, query, key, value, bias, scale, tokens, ranges):
-    """Return the output; each row's log-sum-exp [K, B, G, T], as `Passes`; and hops [K] a ring."""
+    """Return the output [K, B, T, G, Dv], `Stats` [K, B, G, T] and hops [K] a ring."""
     counts = _hops_of_all(axis, plan, ranges, key.shape[2])
 
     def one_head(k, counts):
@@ -123,29 +125,30 @@ def _forward(axis, passes, plan, query, key, value, bias, scale, tokens, ranges)
 
         batch, length, group, _ = q.shape
         output = jnp.zeros((batch, length, group, value.shape[3]), q.dtype)
-        lse = jnp.full((batch, group, length), jnp.inf, q.dtype)
-        (output, lse), _ = _go_round(axis, plan, counts, table, chunk, visit, (output, lse), ())
-        return output.astype(query.dtype), lse
+        ones = jnp.ones((batch, group, length), q.dtype)
+        state = output, Stats(jnp.inf * ones, ones)
+        return _go_round(axis, plan, counts, table, chunk, visit, state, ())[0]
 
-    output, lse = jax.lax.map(lambda at: one_head(*at), (_heads(key), counts))
-    return _merge(output), lse, counts
+    output, stats = jax.lax.map(lambda at: one_head(*at), (_heads(key), counts))
+    return output, stats, counts
 
 
 def _ring_forward(axis, passes, plan, *inputs):
     inputs, of_bias = without_marks(inputs)
-    output, lse, counts = _forward(axis, passes, plan, *inputs)
+    output, stats, counts = _forward(axis, passes, plan, *inputs)
     # A tuple or None, since what is kept may hold no Python values but the structure.
-    return output, (inputs, output, lse, counts, () if of_bias else None)
+    kept = inputs, output, stats, counts, () if of_bias else None
+    return _merge(output).astype(inputs[0].dtype), kept
 
 
 def _ring_backward(axis, passes, plan, kept, cotangent):
-    (query, key, value, bias, scale, tokens, ranges), output, lse, counts, of_bias = kept
+    (query, key, value, bias, scale, tokens, ranges), output, stats, counts, of_bias = kept
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
 
-    def one_head(k, counts, lse):
+    def one_head(k, counts, output, stats):
         q, b, table, chunk = _of_head(k, query, key, value, bias, scale, tokens, ranges)
-        of_rows = (_head(output, k, q.shape[2], 2), lse, _head(cotangent, k, q.shape[2], 2))
+        of_rows = output, stats, _head(cotangent, k, q.shape[2], 2)
 
         def visit(chunk, table, of_query, of_chunk):
             inputs = (q, chunk.key, chunk.value, b, scale, _tokens(tokens, chunk), table)
@@ -170,11 +173,11 @@ def _ring_backward(axis, passes, plan, kept, cotangent):
         )
 
     dquery, dkey, dvalue, dbias, dscale = jax.lax.map(
-        lambda at: one_head(*at), (_heads(key), counts, lse)
+        lambda at: one_head(*at), (_heads(key), counts, output, stats)
     )
     of_features = (_merge(x) for x in (dquery, dkey, dvalue))
     dbias = jax.tree.map(lambda x, y: x.reshape(y.shape), dbias, bias)
-    return *of_features, dbias, dscale.sum(), None, None
+    return *reverse_once((*of_features, dbias, dscale.sum())), None, None
 
 
 def without_marks(inputs: tuple[Any, ...]) -> tuple[tuple[Any, ...], bool]:
@@ -262,21 +265,22 @@ def _shift(tree: Any, axis: str, step: int) -> Any:
     return jax.lax.ppermute(tree, axis, [(i, (i + step) % devices) for i in range(devices)])
 
 
-def _combine(state: tuple[Array, Array], part: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Return output [B, T, G, Dv] and log-sum-exp [B, G, T] over the keys of both."""
-    lses = [jnp.where(lse == jnp.inf, -jnp.inf, lse) for _, lse in (state, part)]
-    largest = jnp.maximum(*lses)
+def _combine(state: tuple[Array, Stats], part: tuple[Array, Stats]) -> tuple[Array, Stats]:
+    """Return output [B, T, G, Dv] and `Stats` [B, G, T] over the keys of both."""
+    parts = state, part
+    highs = [jnp.where(s.largest == jnp.inf, -jnp.inf, s.largest) for _, s in parts]
+    largest = jnp.maximum(*highs)
     # A row that has seen no key must not subtract -inf from -inf.
     shift = jnp.where(largest == -jnp.inf, 0.0, largest)
-    weights = [jnp.exp(lse - shift) for lse in lses]
-    total = weights[0] + weights[1]
-    seen = total > 0
-    total = jnp.where(seen, total, 1.0)
+    totals = [s.total * jnp.exp(high - shift) for (_, s), high in zip(parts, highs, strict=True)]
+    total = totals[0] + totals[1]
+    none_seen = total == 0  # false for NaN
+    total = jnp.where(none_seen, 1.0, total)
     ours, theirs = (
-        (weight / total).swapaxes(1, 2)[..., None] * output
-        for weight, (output, _) in zip(weights, (state, part), strict=True)
+        (share / total).swapaxes(1, 2)[..., None] * output
+        for share, (output, _) in zip(totals, parts, strict=True)
     )
-    return ours + theirs, jnp.where(seen, shift + jnp.log(total), jnp.inf)
+    return ours + theirs, Stats(jnp.where(none_seen, jnp.inf, largest), total)
 
 
 def _key_tiles(plan: Plan) -> int:

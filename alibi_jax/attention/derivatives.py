@@ -18,6 +18,24 @@ def reverse_once(tree: Any) -> Any:
     return jax.tree.map(_reverse_once.bind, tree)
 
 
+@jax.custom_jvp
+def only_once(tree: Any) -> Any:
+    """Return arrays as they are; differentiation through them, in any mode, raises and says why.
+
+    It is for what the kernels of both passes get, which have no derivative: that of the forward
+    pass is asked for where a gradient is differentiated.
+    """
+    return tree
+
+
+@only_once.defjvp
+def _only_once_jvp(primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        f"attention by kernels has no derivative of its gradient: {ADVICE}, or "
+        'implementation="blockwise", which has second ones in forward mode, jax.jvp of jax.grad'
+    )
+
+
 def _refuse(cotangent: Any, x: Any) -> Any:
     raise NotImplementedError(
         f"attention by tiles has no reverse-mode derivative of its gradient: {ADVICE}, or take the "

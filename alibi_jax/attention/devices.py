@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from alibi_jax.attention.biases import Bias, PrefixBias
-from alibi_jax.attention.placement import axes_of, spec_of
+from alibi_jax.attention.placement import axes_of, explicit_mesh, spec_of
 from alibi_jax.typing import Attended
 
 
@@ -29,8 +29,8 @@ def per_device(
     """Call `attend(query, key, value, bias, scale=..., **tokens)` on each device's own part.
 
     `dense` is plain array code that the compiler divides by itself. A loop over tiles or a kernel
-    is not: it must see the shapes of one device. Where no mesh is set, or none of its axes is
-    explicit, this is a plain call, and the caller decides, for example with `jax.shard_map`.
+    is not: it must see the shapes of one device. Axes of the mesh that are not explicit are the
+    caller's to decide on, for example with `jax.shard_map`; without others this is a plain call.
 
     Where lengths are sharded over a mesh axis, `attend` also gets `axis`, its name.
 
@@ -38,14 +38,9 @@ def per_device(
       ValueError: a sharding that it cannot do: of head dims, of lengths over several mesh axes or
         not alike, or of query heads but not of more than one key head.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not mesh.explicit_axes:
+    mesh = explicit_mesh(query, key, value)
+    if mesh is None:
         return attend(query, key, value, bias, scale=scale, **tokens)
-    if not mesh.are_all_axes_explicit:
-        raise ValueError(
-            f"the axes of the mesh must be all explicit or none, got {mesh}; "
-            'implementation="dense" takes any mesh'
-        )
 
     of_query, of_key, of_value = (axes_of(x) for x in (query, key, value))
     for name, x, axes in (("query", query, of_query), ("key", key, of_key)):
@@ -89,12 +84,14 @@ def per_device(
         options["scale"], option_specs["scale"] = scale, PartitionSpec()
     else:
         fixed["scale"] = scale
-    placed = jax.tree.map(jax.sharding.reshard, (inputs, options), (specs, option_specs))
     mapped = jax.shard_map(
         lambda inputs, options: attend(*inputs, **options, **fixed),
+        mesh=mesh,
+        axis_names=set(mesh.explicit_axes),
         in_specs=(specs, option_specs),
         out_specs=spec_of(query),
         check_vma=False,  # Pallas kernels do not say what varies
     )
-    # jit, since op by op JAX has no shard_map of a custom_vjp that asks what is differentiated.
-    return jax.jit(mapped)(*placed)
+
+    shardings = jax.tree.map(partial(NamedSharding, mesh), (specs, option_specs))
+    return mapped(*jax.tree.map(jax.sharding.reshard, (inputs, options), shardings))

@@ -36,6 +36,14 @@ def as_nan_keys(
     return replaced(key, wrong[..., None], jnp.nan), replaced(value, wrong[..., None], 0.0)
 
 
+def as_nan_rows(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Return x where a row that is not finite is NaN throughout: of infinity a logit may be -inf.
+
+    Gradients are those of the identity.
+    """
+    return replaced(x, ~finite_rows(x)[..., None], jnp.nan)
+
+
 def finite_rows(x: Float[Array, "*B D"]) -> Bool[Array, "*B"]:
     """Return whether all numbers of a row are finite."""
     return jnp.isfinite(x).all(axis=-1)

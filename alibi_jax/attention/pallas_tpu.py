@@ -9,10 +9,13 @@ left out costs nothing, not even an empty step of the grid.
 The own tile lies along the rows of the logits and the other along their columns, so that no product
 has to transpose a matrix. Numbers that there is one of a token lie along lanes in HBM, where a
 column would be padded to 128 lanes; those of the own tile are turned into columns once.
+
+What a mask hides is chosen over, never added to (`alibi_jax.attention.nonfinite`), and nothing
+relies on what the maximum or minimum of a TPU makes of NaN.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +29,9 @@ from jaxtyping import Float, Int
 from alibi_jax.attention.biases import LinearBias
 from alibi_jax.attention.case import Case, refusal_beyond_slopes
 from alibi_jax.attention.context import Passes, ring_attention
-from alibi_jax.attention.tiles import Plan, Tokens, key_ranges
+from alibi_jax.attention.derivatives import only_once
+from alibi_jax.attention.nonfinite import as_nan_rows, finite, finite_for_gradients
+from alibi_jax.attention.tiles import SLACK, Plan, Stats, Tokens, key_ranges
 from alibi_jax.bias import distance_bias
 from alibi_jax.typing import (
     Attended,
@@ -113,19 +118,21 @@ def pallas_tpu(
         axis=axis,
     )
 
-    def padded(x: Any, tile: int) -> Any:
+    def padded(x: Any, tile: int, **mode: Any) -> Any:
         """Return [B, L, ...] with L filled up to whole tiles; None stays None."""
         if x is None:
             return None
-        return jnp.pad(x, [(0, -n % tile if at == 1 else 0) for at, n in enumerate(x.shape)])
+        widths = [(0, -n % tile if at == 1 else 0) for at, n in enumerate(x.shape)]
+        return jnp.pad(x, widths, **mode)
 
     arrays = (
-        padded(query, plan.query_tile),
+        padded(as_nan_rows(query), plan.query_tile),
         padded(key, plan.key_tile),
         padded(value, plan.key_tile),
         slopes,
         scale,
-        Tokens(*map(padded, tokens, (plan.query_tile, plan.key_tile) * 2)),
+        # Rows of the padding see what the last row sees, and no NaN that no row sees.
+        Tokens(*map(partial(padded, mode="edge"), tokens, (plan.query_tile, plan.key_tile) * 2)),
         ranges,
     )
     if axis is not None:
@@ -161,17 +168,18 @@ def _attend(plan, inputs):
 def _attend_forward(plan, inputs):
     of_bias = inputs.numbers.perturbed
     inputs = Inputs(*(x.value for x in inputs))
-    output, lse = _values(plan, inputs, inputs.query.dtype)
+    # Unrounded, since gradients are differences from it.
+    output, stats = _values(plan, inputs, jnp.float32)
     # A tuple or None, since what is kept may hold no Python values but the structure.
-    return output, (inputs, output, lse, () if of_bias else None)
+    return output.astype(inputs.query.dtype), (inputs, output, stats, () if of_bias else None)
 
 
 def _attend_backward(plan, kept, cotangent):
-    inputs, output, lse, of_bias = kept
+    inputs, output, stats, of_bias = kept
     if isinstance(cotangent, SymbolicZero):
         cotangent = jnp.zeros(cotangent.shape, cotangent.dtype)
     dquery, dkey, dvalue, dnumbers = _gradients(
-        plan, inputs, output, lse, cotangent, inputs.query.dtype, of_bias=of_bias is not None
+        plan, inputs, output, stats, cotangent, inputs.query.dtype, of_bias=of_bias is not None
     )
     of_integers: Any = None
     return (Inputs(dquery, dkey, dvalue, dnumbers, of_integers, of_integers, of_integers),)
@@ -181,15 +189,22 @@ _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
 def _values(plan, inputs, dtype):
-    """Return the output in a dtype, and each row's log-sum-exp: see `_forward`."""
-    return _one_by_one(partial(_forward, dtype=dtype), plan, inputs)
+    """Return the output in a dtype, and the statistics of rows: see `_forward`."""
+    return _one_by_one(partial(_forward, dtype=dtype), plan, only_once(inputs))
 
 
-def _gradients(plan, inputs, output, lse, cotangent, dtype, *, of_bias):
+def _gradients(plan, inputs, output, stats, cotangent, dtype, *, of_bias):
     """Return the gradients of query, key and value in a dtype, and of the numbers."""
+    inputs, output, stats, cotangent = only_once((inputs, output, stats, cotangent))
+    query, cotangent, largest, total = finite_for_gradients(
+        inputs.query, cotangent, stats[:, :, 0], stats[:, :, 1]
+    )
+    inputs = inputs._replace(query=query, key=finite(inputs.key), value=finite(inputs.value))
     # sum_j p_ij dp_ij, which the derivative of softmax takes from each dp_ij.
-    mean = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=3)
-    rows = jnp.concatenate([lse, mean[:, :, None]], axis=2)
+    mean = jnp.sum(output * cotangent.astype(jnp.float32), axis=3)
+    # In these two a NaN lasts through the kernels: a minimum may pass over that of `largest`.
+    poison = jnp.where(jnp.isnan(largest), jnp.nan, 0.0)
+    rows = jnp.stack([largest, 1 / total + poison, mean + poison], axis=2)
     of_query = partial(_query_gradient, of_bias=of_bias, dtype=dtype)
     dquery, dnumbers = _one_by_one(of_query, plan, inputs, cotangent, rows)
     of_key = partial(_key_gradient, dtype=dtype)
@@ -199,17 +214,17 @@ def _gradients(plan, inputs, output, lse, cotangent, dtype, *, of_bias):
 
 def _pass_forward(plan, query, key, *rest):
     # The query was widened to say what is wanted, but multiplies as it was.
-    output, lse = _values(plan, _inputs(query.astype(key.dtype), key, *rest), query.dtype)
-    return output.swapaxes(1, 2), lse[:, :, 0]
+    output, stats = _values(plan, _inputs(query.astype(key.dtype), key, *rest), jnp.float32)
+    return output.swapaxes(1, 2), Stats(stats[:, :, 0], stats[:, :, 1])
 
 
-def _pass_backward(plan, inputs, output, lse, cotangent, *, of_bias):
+def _pass_backward(plan, inputs, output, stats, cotangent, *, of_bias):
     query, key, *rest = inputs
     *of_features, dnumbers = _gradients(
         plan,
         _inputs(query.astype(key.dtype), key, *rest),
         output.swapaxes(1, 2),
-        lse[:, :, None],
+        jnp.stack(stats, axis=2),
         cotangent.swapaxes(1, 2),
         query.dtype,
         of_bias=of_bias,
@@ -227,40 +242,46 @@ def _one_by_one(call: Callable[..., Any], plan: Plan, *arrays: Any) -> Any:
 
 
 def _forward(plan: Plan, x: Inputs, *, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """Return the output, and each row's log-sum-exp f32[B, H, 1, T]: +inf for keyless rows."""
+    """Return the output, and largest and total of each row, f32[B, H, 2, T]: see `Stats`."""
     (batch, heads, length, _), value_dim, tile = x.query.shape, x.value.shape[3], plan.query_tile
 
-    def kernel(x, output, lse, largest, total, mixed):
+    def kernel(x, output, stats, largest, total, mixed):
         largest[...] = jnp.full_like(largest, -jnp.inf)
         total[...] = jnp.zeros_like(total)
         mixed[...] = jnp.zeros_like(mixed)
         columns = x.query_tokens[...].T
 
         def step(j, key, value, key_tokens):
-            logits, _ = _logits(plan, x.numbers, x.query, key, columns, key_tokens, j, key_axis=1)
+            logits, _, seen = _logits(
+                plan, x.numbers, x.query, key, columns, key_tokens, j, key_axis=1
+            )
+            logits = _where(seen, logits, -jnp.inf)
             new = jnp.maximum(largest[...], logits.max(axis=1, keepdims=True))
             # A row that has seen no key yet must not subtract -inf from -inf.
             shift = jnp.where(new == -jnp.inf, 0.0, new)
             weights = jnp.exp(logits - shift)
             keep = jnp.exp(largest[...] - shift)
             largest[...] = new
-            total[...] = total[...] * keep + weights.sum(axis=1, keepdims=True)
+            # Of what is multiplied: then what all values have in common is not rounded with it.
+            weights = weights.astype(value.dtype)
+            total[...] = total[...] * keep + weights.astype(jnp.float32).sum(axis=1, keepdims=True)
             mixed[...] = mixed[...] * keep + _product(weights, value[...])
 
         _over_keys(step, plan, x, heads)
-        seen = total[...] > 0
-        sums = jnp.where(seen, total[...], 1.0)
+        none_seen = total[...] == 0  # false for NaN
+        sums = jnp.where(none_seen, 1.0, total[...])
         output[...] = (mixed[...] / sums).astype(output.dtype)
-        lse[...] = jnp.where(seen, largest[...] + jnp.log(sums), jnp.inf).T
+        stats[:1] = jnp.where(none_seen, jnp.inf, largest[...]).T
+        stats[1:] = sums.T
 
     return pl.pallas_call(
         kernel,
         grid=(batch, heads, length // tile),
         in_specs=(_of_query_tiles(plan, x),),
-        out_specs=(_features(tile, value_dim), _rows(tile, 1)),
+        out_specs=(_features(tile, value_dim), _rows(tile, 2)),
         out_shape=(
             jax.ShapeDtypeStruct((batch, heads, length, value_dim), dtype),
-            jax.ShapeDtypeStruct((batch, heads, 1, length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, 2, length), jnp.float32),
         ),
         scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (1, 1, value_dim)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
@@ -273,47 +294,53 @@ def _query_gradient(
     plan: Plan,
     x: Inputs,
     cotangent: Float[Array, "B H T Dv"],
-    rows: Float[Array, "B H 2 T"],
+    rows: Float[Array, "B H 3 T"],
     *,
     of_bias: bool,
     dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
     """Return dquery, and what each row adds to dslopes and dscale, f32[B, H, 2, T].
 
-    `rows` are each row's log-sum-exp and the mean of its dp under p.
+    `rows` are each row's largest logit, the inverse of its total, and the mean of its dp under p.
+    In a row that sees what is not finite the last two are NaN, and all else is finite.
     """
     (batch, heads, length, head_dim), tile = x.query.shape, plan.query_tile
 
     def kernel(x, cotangent, rows, dquery, dnumbers, dlogits_key, dslope):
         dlogits_key[...] = jnp.zeros_like(dlogits_key)
         dslope[...] = jnp.zeros_like(dslope)
-        columns, lse, mean = x.query_tokens[...].T, rows[:1].T, rows[1:].T
+        columns = x.query_tokens[...].T
+        largest, inverse, mean = rows[:1].T, rows[1:2].T, rows[2:].T
 
         def step(j, key, value, key_tokens):
-            logits, distance = _logits(
+            logits, distance, seen = _logits(
                 plan, x.numbers, x.query, key, columns, key_tokens, j, key_axis=1
             )
             dweights = _product(cotangent[...], value[...], transposed=True)
-            dlogits = jnp.exp(logits - lse) * (dweights - mean)
+            # Without the inverse, with which the sums are multiplied once.
+            dlogits = _where(seen, _weights(logits, largest) * (dweights - mean), 0.0)
             dlogits_key[...] += _product(dlogits, key[...])
             if of_bias:
                 linear = dlogits * jnp.abs(distance).astype(jnp.float32)
                 dslope[...] -= linear.sum(axis=1, keepdims=True)
 
         _over_keys(step, plan, x, heads)
+        # The mean brought NaN to where it belongs, and a row that sees no key has none.
+        inverse = jnp.where(jnp.isnan(inverse), 1.0, inverse)
+        dlogits_key[...] *= inverse
         dquery[...] = (dlogits_key[...] * x.numbers[0, 1]).astype(dquery.dtype)
-        dnumbers[:1] = dslope[...].T
+        dnumbers[:1] = (dslope[...] * inverse).T
         dscale = dlogits_key[...] * x.query[...].astype(jnp.float32)
         dnumbers[1:] = dscale.sum(axis=1, keepdims=True).T
 
     return pl.pallas_call(
         kernel,
         grid=(batch, heads, length // tile),
-        in_specs=(_of_query_tiles(plan, x), _features(tile, x.value.shape[3]), _rows(tile, 2)),
+        in_specs=(_of_query_tiles(plan, x), _features(tile, x.value.shape[3]), _rows(tile, 3)),
         out_specs=(_features(tile, head_dim), _rows(tile, 2)),
         out_shape=(
             jax.ShapeDtypeStruct(x.query.shape, dtype),
-            jax.ShapeDtypeStruct(rows.shape, jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, 2, length), jnp.float32),
         ),
         scratch_shapes=[pltpu.VMEM((tile, n), jnp.float32) for n in (head_dim, 1)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",) * 3),
@@ -326,7 +353,7 @@ def _key_gradient(
     plan: Plan,
     x: Inputs,
     cotangent: Float[Array, "B H T Dv"],
-    rows: Float[Array, "B H 2 T"],
+    rows: Float[Array, "B H 3 T"],
     *,
     dtype: jnp.dtype,
 ) -> tuple[Array, Array]:
@@ -346,12 +373,13 @@ def _key_gradient(
         def step(i, query, cotangent, query_tokens, rows):
             @pl.when((x.ranges[0, i] <= j) & (j < x.ranges[1, i]))
             def compute():
-                logits, _ = _logits(
+                logits, _, seen = _logits(
                     plan, x.numbers, x.key, query, columns, query_tokens, j, key_axis=0
                 )
-                weights = jnp.exp(logits - rows[:1])
+                weights = _where(seen, _weights(logits, rows[:1]) * rows[1:2], 0.0)
                 dweights = _product(x.value[...], cotangent[...], transposed=True)
-                dlogits = weights * (dweights - rows[1:])
+                # A hidden value may be too large for its product.
+                dlogits = _where(seen, weights * (dweights - rows[2:]), 0.0)
                 dkey_sum[...] += _product(dlogits, query[...])
                 dvalue_sum[...] += _product(weights, cotangent[...])
 
@@ -449,24 +477,35 @@ def _of_query_tiles(plan: Plan, x: Inputs) -> Inputs:
 
 
 def _logits(plan, numbers, own, other, own_tokens, other_tokens, key_tile, *, key_axis):
-    """Return the tile's logits, -inf where masked, and signed distances: f32 and i32 [own, other].
+    """Return the tile's logits, signed distances, f32 and i32 [own, other], and which are seen.
 
     `own` is [own, D] with tokens [own, C], `other` [other, D] with tokens [C, other]; `key_axis`
-    says which of the two are the keys of tile `key_tile`.
+    says which of the two are the keys of tile `key_tile`. The last is None if all are seen.
     """
     own, other, other_tokens = own[...], other[...], other_tokens[...]
     logits = _product(own, other, transposed=True) * numbers[0, 1]
     distance = own_tokens[:, :1] - other_tokens[:1]
     distance = distance if key_axis == 1 else -distance
-    kind = "causal" if plan.causal else "symmetric"
-    logits += distance_bias(numbers[0, 0][None], distance, kind=kind)[0]
+    logits += distance_bias(numbers[0, 0][None], distance, kind="symmetric")[0]
+    masks = []
+    if plan.causal:
+        masks.append(distance >= 0)
     if own_tokens.shape[1] > 1:
-        logits = jnp.where(own_tokens[:, 1:] == other_tokens[1:], logits, -jnp.inf)
+        masks.append(own_tokens[:, 1:] == other_tokens[1:])
     if plan.key_length % plan.key_tile:
         index = jax.lax.broadcasted_iota(jnp.int32, logits.shape, key_axis)
-        exists = index < plan.key_length - key_tile * plan.key_tile
-        logits = jnp.where(exists, logits, -jnp.inf)
-    return logits, distance
+        masks.append(index < plan.key_length - key_tile * plan.key_tile)
+    return logits, distance, reduce(jnp.logical_and, masks) if masks else None
+
+
+def _where(seen: Array | None, x: Array, hidden: float) -> Array:
+    """Return x, but another number where a mask hides the key."""
+    return x if seen is None else jnp.where(seen, x, hidden)
+
+
+def _weights(logits: Array, largest: Array) -> Array:
+    """Return exp(logit - largest), at most 1 though the forward pass may have rounded otherwise."""
+    return jnp.exp(jnp.minimum(logits - largest, SLACK))
 
 
 def _product(a: Array, b: Array, *, transposed: bool = False) -> Array:

@@ -2,22 +2,27 @@
 
 import jax
 from jax import Array
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+
+def explicit_mesh(*arrays: Array) -> AbstractMesh | None:
+    """Return the mesh that is set, or else that of the arrays, if it has an explicit axis."""
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in arrays)]
+    return next((mesh for mesh in meshes if mesh.explicit_axes), None)
 
 
 def length_is_sharded(query: Array) -> bool:
     """Return whether the queries of a sequence are divided over devices of an explicit mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return bool(mesh.explicit_axes) and bool(axes_of(query)[1])
+    return explicit_mesh(query) is not None and bool(axes_of(query)[1])
 
 
 def whole_length(x: Array) -> Array:
     """Return x [B, L, ...] with a length that JAX does not take for sharded over an axis of one."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.explicit_axes or spec_of(x)[1] is None:
+    mesh = explicit_mesh(x)
+    if mesh is None or spec_of(x)[1] is None:
         return x
     batch, _, *rest = spec_of(x)
-    return jax.sharding.reshard(x, PartitionSpec(batch, None, *rest))
+    return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(batch, None, *rest)))
 
 
 def spec_of(x: Array) -> PartitionSpec:

@@ -71,6 +71,10 @@ from alibi_jax.typing import Key, Query, Value
 
 NEAR = 32
 EXACT = jax.lax.Precision.HIGHEST  # float32 products would be of 16 bits on a TPU otherwise
+# By how much a logit of the backward pass may exceed the largest of the forward pass. At 0 the
+# largest weights would be rounded down more often than up; without a bound logits of 10^8 are off
+# by several units, and weights by as many powers of e.
+SLACK = 1e-3
 ROUNDING = 3e-5  # twice what float32 sums of 256 products can be off by, of the norms
 
 

@@ -16,6 +16,7 @@ from alibi_jax.attention import attention, choice, columns
 from alibi_jax.attention.case import Case
 from alibi_jax.bias import bias, slopes
 from tests.attention.naive import close, inputs, naive_attention
+from tests.attention.test_nonfinite import expected as expected_of
 
 HOPPER = (9, 0)
 
@@ -272,6 +273,56 @@ def test_splash_takes_segments_and_bfloat16(interpreted):
     assert got.dtype == jnp.bfloat16
     expected = naive_attention(*args, m, segments=(ids, ids))
     close(got.astype(jnp.float32), expected, atol=2e-2)
+
+
+def poisoned(seed, seen, *, length, heads, key_heads):
+    """Return inputs with a NaN or infinity in one place, and what is to come of it in float64."""
+    rng = np.random.default_rng(seed)
+    args = [np.array(x) for x in inputs(seed, length=length, heads=heads, key_heads=key_heads)]
+    args.append(rng.normal(size=args[0].shape).astype(np.float32))
+    bad = args[[0, 1, 2, 4][seed % 4]]
+    bad[rng.integers(2), rng.integers(length), 0, 3] = [np.nan, np.inf, -np.inf][seed % 3]
+    distance = np.broadcast_to(np.abs(np.arange(length)[:, None] - np.arange(length)), seen.shape)
+    return args, expected_of(*args, seen, distance)
+
+
+@partial(jax.jit, static_argnames="implementation")
+def value_and_gradients(query, key, value, m, cotangent, **options):
+    output, pullback = jax.vjp(partial(attention, **options), query, key, value, m)
+    return output, *pullback(cotangent.astype(output.dtype))
+
+
+def test_splash_hides_nan_and_shows_it(interpreted):
+    """Segments are in no order, and cannot be told apart by where they lie."""
+    length = 40
+    ids = np.random.default_rng(0).integers(0, 3, (2, length))
+    seen = (ids[:, :, None] == ids[:, None]) & np.tril(np.ones((length, length), bool))
+    for seed in range(8):
+        args, wanted = poisoned(seed, seen, length=length, heads=2, key_heads=1)
+        got = value_and_gradients(*args, implementation="splash", segment_ids=ids)
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-3, rtol=2e-3)
+
+
+def test_cudnn_hides_nan_and_shows_it(hopper, monkeypatch):
+    """By JAX's own XLA attention in the place of the kernel, which adds its mask as well."""
+    kernel = jax.nn.dot_product_attention
+    monkeypatch.setattr(
+        jax.nn,
+        "dot_product_attention",
+        lambda *args, implementation, **kwargs: kernel(*args, implementation="xla", **kwargs),
+    )
+    length = 21
+    seen = np.tril(np.ones((2, length, length), bool))
+    for seed in range(8):
+        args, wanted = poisoned(seed, seen, length=length, heads=2, key_heads=1)
+        args = [*(jnp.asarray(x, jnp.bfloat16) for x in args[:3]), *args[3:]]
+        with jax.numpy_dtype_promotion("standard"):  # the stand-in relies on it
+            got = value_and_gradients(*args, implementation="cudnn")
+        for x, y in zip(got, wanted, strict=True):
+            np.testing.assert_array_equal(np.isnan(x.astype(jnp.float32)), np.isnan(y))
+            size = np.nanmax(np.abs(y)) if np.isfinite(y).any() else 1
+            close(x.astype(jnp.float32) / size, y / size, atol=0.04)
 
 
 # Choosing

@@ -15,6 +15,7 @@ from alibi_jax.attention import context
 from alibi_jax.attention.tiles import key_ranges
 from tests.attention import test_tiles
 from tests.attention.naive import close, inputs
+from tests.attention.test_nonfinite import expected as expected_of
 
 blockwise = importlib.import_module("alibi_jax.attention.blockwise")
 pallas_tpu = importlib.import_module("alibi_jax.attention.pallas_tpu")
@@ -142,6 +143,43 @@ def test_rows_that_see_nothing_are_zero_with_zero_gradients(small_tiles):
     options = {"segment_ids": np.zeros((2, 32), int), "key_segment_ids": np.ones((2, 32), int)}
     for x in on_mesh((2, 1, 4), args[0], *args, m, **options):
         assert (np.asarray(x) == 0).all()
+
+
+@pytest.mark.parametrize("kernel", [False, True])
+def test_nan_of_another_device_is_seen_or_does_not_matter(monkeypatch, small_tiles, kernel):
+    """Keys 0 to 7 are on the first of four devices, and two documents go over three of them."""
+    for name, value in (("QUERY_TILE", 8), ("KEY_TILE", 4), ("INTERPRET", True)):
+        monkeypatch.setattr(pallas_tpu, name, value)
+    implementation = "pallas_tpu" if kernel else "blockwise"
+    length, rng = 32, np.random.default_rng(0)
+    segments = np.repeat([[1, 2], [1, 1]], [19, 13], axis=1)
+    signed = np.arange(length)[:, None] - np.arange(length)
+    seen = (segments[:, :, None] == segments[:, None]) & (signed >= 0)
+    distance = np.broadcast_to(np.abs(signed), seen.shape)
+    for where, at, bad in (
+        (0, 30, np.inf),
+        (1, 2, np.nan),
+        (2, 2, -np.inf),
+        (2, 31, np.nan),
+        (4, 20, np.nan),
+    ):
+        *args, m = inputs(where, length=length, heads=2, key_heads=1)
+        m = 100 * m  # of itself, the decay would stop the ring
+        args = [np.array(x) for x in (*args, m, rng.normal(size=args[0].shape))]
+        args[where][0, at, 0, 1] = bad
+        got = on_mesh(
+            (1, 1, 4),
+            jnp.asarray(args[4], jnp.float32),
+            *args[:4],
+            of_key=P("data", "context"),
+            implementation=implementation,
+            segment_ids=segments,
+            tolerance=0.0 if where in (0, 4) else None,
+        )
+        wanted = expected_of(*args, seen, distance)
+        assert np.isnan(wanted[1]).any() and not np.isnan(wanted[1]).all()
+        for x, y in zip(got[: 2 if where in (1, 2) else 5], wanted, strict=False):
+            np.testing.assert_allclose(x, y, atol=2e-5, rtol=1e-5)
 
 
 def test_heads_have_the_slopes_of_their_number_among_all():

@@ -4,10 +4,11 @@ import collections
 import dataclasses
 import functools
 import hashlib
+import json
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +17,17 @@ from alibi_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<unk>"
-WORD = r"\n|[^\s]+"  # the end of a line is a word too
+# The end of a line is a word too. U+001C to U+001F are white space to Python, not to `tokenizers`.
+WORD = r"\n|[^\s\x1c-\x1f]+"
 # What a tokenizer.json may call the token between documents, in the order of preference.
 SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<s>", "<bos>", "[CLS]")
+
+
+class Encoded(NamedTuple):
+    """The tokens of a text, and how much of it they stand for."""
+
+    ids: np.ndarray  # int [n]
+    ends: np.ndarray  # int64 [n]: UTF-8 bytes of the text up to the end of each token, ascending
 
 
 class Tokenizer(Protocol):
@@ -33,8 +42,19 @@ class Tokenizer(Protocol):
         """Id of the token that stands before and after every document, and never inside one."""
 
     @property
+    def unknown(self) -> int | None:
+        """Id of the token that stands for what the vocabulary lacks; None: it lacks nothing."""
+
+    @property
+    def word_level(self) -> bool:
+        """Whether tokens are words, so that a perplexity per token is one per word."""
+
+    @property
     def fingerprint(self) -> str:
         """Identifies what text becomes which tokens."""
+
+    def encode_with_ends(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        """Yield the tokens of each text, with nothing added, and where in its bytes they end."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return int [n] token ids of each text, with nothing added."""
@@ -49,7 +69,14 @@ class ByteTokenizer:
 
     vocab_size: int = 257
     separator: int = 256
+    unknown: None = None
+    word_level: bool = False
     fingerprint: str = "bytes"
+
+    def encode_with_ends(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        """Yield the UTF-8 bytes of each text, each of which ends one byte after the last."""
+        for ids in self.encode_batch(texts):
+            yield Encoded(ids, np.arange(1, len(ids) + 1))
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return uint8 [n] UTF-8 bytes of each text."""
@@ -73,12 +100,33 @@ class SubwordTokenizer:
         self.separator: int = tokenizer.token_to_id(separator)
         # Ids may have holes.
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        model = json.loads(tokenizer.to_str())["model"]
+        self.word_level: bool = model["type"] == "WordLevel"
+        unknown = model.get("unk_token")
+        self.unknown: int | None = (
+            model.get("unk_id") if unknown is None else tokenizer.token_to_id(unknown)
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the tokenizer's JSON and its separator."""
         content = f"{self.separator} {self._tokenizer.to_str()}"
         return hashlib.blake2b(content.encode()).hexdigest()
+
+    def encode_with_ends(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        """Yield the tokens of each text, computed on all cores, and where in its bytes they end.
+
+        A character that several tokens share ends with the first of them. Where a token stands for
+        nothing of the text, as one that a normalizer puts in, it ends where the one before does.
+        """
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            data = np.frombuffer(text.encode(), np.uint8)
+            # Bytes before each character, and all of them: 10xxxxxx continues a character.
+            places = np.append(np.flatnonzero(data & 0xC0 != 0x80), len(data))
+            stops = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 1]
+            ends = np.maximum.accumulate(places[stops])
+            yield Encoded(np.array(encoding.ids, np.uint32), ends)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return uint32 [n] token ids of each text, on all cores."""

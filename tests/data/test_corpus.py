@@ -35,6 +35,11 @@ def texts_of(loaded):
     return decoded
 
 
+def bytes_of_documents(tokenized):
+    starts, stops = tokenized.offsets[:-1], tokenized.offsets[1:]
+    return [int(tokenized.token_bytes[a:b].sum()) for a, b in zip(starts, stops, strict=True)]
+
+
 def write_jsonl(folder, open_file=open, suffix=""):
     for split, texts in TEXTS.items():
         lines = [json.dumps({"title": "t", "text": text}) for text in texts]
@@ -71,11 +76,12 @@ def test_tokens_decode_to_the_documents(tmp_path, suffix, open_file, tokenizer):
         assert (tokenized.tokens == loaded.tokenizer.separator).sum() == len(ends)
         text = "".join([*TEXTS[split], TEXTS[split][0]])
         assert tokenized.num_bytes == len(text.encode())
-        within = sum(len(tokenized.document(i)) - 1 for i in range(tokenized.num_documents))
-        assert tokenized.bytes_per_token("documents") == tokenized.num_bytes / within
-        assert tokenized.bytes_per_token("stream") == tokenized.num_bytes / (
-            len(tokenized.tokens) - 1
-        )
+        assert bytes_of_documents(tokenized) == [
+            len(text.encode()) for text in (*TEXTS[split], TEXTS[split][0])
+        ]
+        # These tokenizers leave nothing out, and nothing for the separators.
+        separators = tokenized.tokens == loaded.tokenizer.separator
+        assert not tokenized.token_bytes[separators].any()
 
 
 def test_text_files_and_frames(tmp_path, monkeypatch):

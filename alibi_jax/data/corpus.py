@@ -137,7 +137,7 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
         piece
         for split, document in source.read()
         if split == "train"
-        for piece in bounded_pieces(document)
+        for piece in bounded_pieces(document, lambda before, after: True)
     )
     with _written_whole(directory) as unfinished:
         kind, vocab_size = trained
@@ -189,7 +189,7 @@ def _tokenize(source: Source, tokenizer: Tokenizer, directory: pathlib.Path) -> 
         pieces = (
             (split, piece, number == 0)
             for split, document in source.read()
-            for number, piece in enumerate(bounded_pieces(document))
+            for number, piece in enumerate(bounded_pieces(document, tokenizer.may_cut))
         )
         while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
             encoded = tokenizer.encode_with_ends([piece for _, piece, _ in batch])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from alibi_jax.data.documents import MayCut
 from alibi_jax.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
@@ -21,6 +22,9 @@ UNKNOWN = "<unk>"
 WORD = r"\n|[^\s\x1c-\x1f]+"
 # What a tokenizer.json may call the token between documents, in the order of preference.
 SEPARATORS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]", "<s>", "<bos>", "[CLS]")
+
+
+_CUTTING = 2  # version of `SubwordTokenizer.may_cut`, on which tokens may depend
 
 
 class Encoded(NamedTuple):
@@ -53,6 +57,10 @@ class Tokenizer(Protocol):
     def fingerprint(self) -> str:
         """Identifies what text becomes which tokens."""
 
+    @property
+    def may_cut(self) -> MayCut | None:
+        """Whether two texts have, apart, the tokens that they have together; None: all have."""
+
     def encode_with_ends(self, texts: Sequence[str]) -> Iterator[Encoded]:
         """Yield the tokens of each text, with nothing added, and where in its bytes they end."""
 
@@ -71,6 +79,7 @@ class ByteTokenizer:
     separator: int = 256
     unknown: None = None
     word_level: bool = False
+    may_cut: None = None
     fingerprint: str = "bytes"
 
     def encode_with_ends(self, texts: Sequence[str]) -> Iterator[Encoded]:
@@ -110,8 +119,30 @@ class SubwordTokenizer:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the tokenizer's JSON and its separator."""
-        content = f"{self.separator} {self._tokenizer.to_str()}"
+        content = f"{_CUTTING} {self.separator} {self._tokenizer.to_str()}"
         return hashlib.blake2b(content.encode()).hexdigest()
+
+    def may_cut(self, before: str, after: str) -> bool:
+        """Say whether a text may be tokenized in two parts, with the tokens of the whole.
+
+        It may where the tokenizer begins a new word: models see one word at a time. Some put
+        something before every text, or have no words at all, so it is asked what it does.
+
+        Args:
+            before: The characters before the cut, as many as its words can depend on.
+            after: Those after it.
+        """
+        whole, left, right = self._tokenizer.encode_batch(
+            [before + after, before, after], add_special_tokens=False
+        )
+        cut = len(left.ids)
+        shifted = [(start + len(before), stop + len(before)) for start, stop in right.offsets]
+        return (
+            0 < cut < len(whole.ids)
+            and whole.word_ids[cut - 1] != whole.word_ids[cut]
+            and whole.ids == left.ids + right.ids
+            and whole.offsets == left.offsets + shifted
+        )
 
     def encode_with_ends(self, texts: Sequence[str]) -> Iterator[Encoded]:
         """Yield the tokens of each text, computed on all cores, and where in its bytes they end.

@@ -84,6 +84,36 @@ def test_tokens_decode_to_the_documents(tmp_path, suffix, open_file, tokenizer):
         assert not tokenized.token_bytes[separators].any()
 
 
+def test_bytes_of_words_are_those_of_the_source(tmp_path):
+    """White space counts with the word after it, at the end with what ends the document."""
+    texts = {"train": "a  é c\n é", "valid": " \t a zebra \n ", "test": f"a {'x' * 70_000} a\n"}
+    for split, text in texts.items():
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    source = f"files:{tmp_path}/{{split}}.txt"
+    loaded = load_corpus(config(tmp_path, source=source, tokenizer="words:5"))
+    assert loaded.tokenizer.word_level and loaded.tokenizer.unknown == 0
+    #            [    a  é  c \n  é  ]
+    assert loaded.train.token_bytes.tolist() == [0, 1, 4, 2, 1, 3, 0]
+    #            [    a  ? \n  ]
+    assert loaded.valid.token_bytes.tolist() == [0, 4, 6, 2, 1]
+    assert loaded.valid.tokens.tolist()[1:4] == [3, 0, 2]
+    assert loaded.test.token_bytes.tolist() == [0, 1, 70_001, 2, 1, 0]
+    for split, dtype in (("train", np.uint8), ("test", np.uint32)):
+        tokenized = getattr(loaded, split)
+        assert tokenized.token_bytes.dtype == dtype
+        assert tokenized.num_bytes == len(texts[split].encode())
+
+
+def test_pieces_without_tokens_leave_their_bytes_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_LENGTH", 50)
+    text = "a" + " " * 500 + "a" + "\t" * 700
+    for split in SPLITS:
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    source = f"files:{tmp_path}/{{split}}.txt"
+    loaded = load_corpus(config(tmp_path, source=source, tokenizer="words:5"))
+    assert loaded.train.token_bytes.tolist() == [0, 1, 501, 700]
+
+
 def test_text_files_and_frames(tmp_path, monkeypatch):
     """A document larger than every buffer, in two zstd frames, with a byte order mark."""
     monkeypatch.setattr(documents, "PIECE_LENGTH", 1000)
@@ -154,6 +184,7 @@ def test_moving_the_files_changes_nothing(tmp_path):
         ("valid.tokens", lambda path: path.write_bytes(path.read_bytes()[:-1])),
         ("test.tokens", lambda path: path.unlink()),
         ("train.tokens", lambda path: path.write_bytes(b"")),
+        ("train.bytes", lambda path: path.write_bytes(path.read_bytes()[:-1])),
         ("valid.offsets.npy", lambda path: path.write_bytes(path.read_bytes()[:-8])),
         ("meta.json", lambda path: path.write_text("{")),
         ("meta.json", lambda path: path.write_text("[]")),

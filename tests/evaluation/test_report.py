@@ -92,6 +92,27 @@ def test_losses_that_no_context_changes_equal_numpy_by_hand():
             assert entry["change_interval"] == entry["relative_change_interval"] == [0, 0]
 
 
+def test_the_share_of_bytes_that_no_word_stands_for():
+    windows = windows_of()
+    assert windows.unknown_bytes(None) == 0
+    pairs = zip(windows.tokens[:, 1:].ravel(), windows.token_bytes[:, 1:].ravel(), strict=True)
+    known = sum(int(num_bytes) for token, num_bytes in pairs if token != 60)
+    share = 1 - known / windows.token_bytes[:, 1:].sum()
+    assert windows.unknown_bytes(60) == pytest.approx(share) and 0 < share < 0.1
+
+
+def test_words_have_a_perplexity():
+    """That of WikiText: exp of all nats over all words, the ends of lines among them."""
+    summary = report(unigram) | {"word_level": True, "unknown_bytes": 0.125}
+    losses = 1 + windows_of().tokens[:, 1:].astype(np.float64) / 50
+    perplexity = math.exp(losses.sum() / losses.size)
+    lines = table(summary).splitlines()
+    assert lines[1].split().count("ppl") == 2 and "bits/byte" not in lines[1]
+    assert lines[2].split()[2] == f"{perplexity:.2f}"
+    assert "12.5% of the bytes are of what the vocabulary lacks" in table(summary)
+    assert "vocabulary" not in table(report(unigram))
+
+
 def test_fewer_early_tokens_are_no_gain_from_longer_context():
     summary = report(early_tokens)
     changes = [entry["change"] for entry in summary["protocols"]["nonoverlapping"]]

@@ -28,6 +28,7 @@ from alibi_jax.data.tokenizers import (
     train_words,
 )
 from alibi_jax.errors import UserError
+from alibi_jax.files import user_path
 
 FORMAT = 1  # of how text becomes tokens; part of what identifies a corpus, and so of every run
 _LAYOUT = 2  # of the cached files
@@ -112,9 +113,10 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 def _cache_dir(config: DataConfig) -> pathlib.Path:
     if config.cache_dir is not None:
-        return pathlib.Path(config.cache_dir).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(home).expanduser() / "alibi_jax"
+        return user_path(config.cache_dir, "config.data.cache_dir")
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(home, "XDG_CACHE_HOME") / "alibi_jax"
+    return user_path("~/.cache", "config.data.cache_dir") / "alibi_jax"
 
 
 def _key(*parts: object) -> str:
@@ -126,7 +128,7 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
         return ByteTokenizer()
     trained = trained_tokenizer(config.tokenizer)
     if trained is None:
-        return load_tokenizer_file(pathlib.Path(config.tokenizer).expanduser())
+        return load_tokenizer_file(user_path(config.tokenizer, "config.data.tokenizer"))
     directory = cache / "tokenizers" / _key(source.fingerprint, *trained, _LAYOUT)
     path = directory / "tokenizer.json"
     if path.is_file():
@@ -143,7 +145,10 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
         kind, vocab_size = trained
         train = {"bpe": train_bpe, "words": train_words}[kind]
         train(texts, vocab_size, unfinished / path.name)
-    return load_tokenizer_file(path)
+    tokenizer = load_tokenizer_file(path)
+    if tokenizer.vocab_size < vocab_size:
+        _log.warning("%s: the text gives %d tokens only", config.tokenizer, tokenizer.vocab_size)
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -160,6 +165,8 @@ def _written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         except OSError as error:  # another process was faster, with the very same content
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
+    except BrokenPipeError:  # of the screen that shows the progress
+        raise
     except OSError as error:
         raise UserError(
             f"cache_dir: cannot write {directory.parent} ({error.strerror or error}); "

@@ -218,7 +218,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, path: pathlib.Path) -> None
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(texts, trainer)
-    path.write_text(tokenizer.to_str())
+    path.write_text(tokenizer.to_str(), encoding="utf-8")
 
 
 def train_words(texts: Iterator[str], vocab_size: int, path: pathlib.Path) -> None:
@@ -246,4 +246,4 @@ def train_words(texts: Iterator[str], vocab_size: int, path: pathlib.Path) -> No
     )
     # Added, not a word: "<|endoftext|>" in a text is unknown, not the end of a document.
     tokenizer.add_special_tokens([END_OF_TEXT])
-    path.write_text(tokenizer.to_str())
+    path.write_text(tokenizer.to_str(), encoding="utf-8")

@@ -1,5 +1,6 @@
 """The cache holds the very documents, is reused, and is never believed when damaged."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -217,6 +218,15 @@ def test_interrupted_tokenizing_leaves_nothing(jsonl, tmp_path, monkeypatch, err
         load_corpus(jsonl)
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
     load_corpus(jsonl)
+
+
+def test_a_closed_screen_is_not_taken_for_a_full_disk(jsonl, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(corpus, "_tokenize", closed)
+    with pytest.raises(BrokenPipeError):
+        load_corpus(jsonl)
 
 
 def test_a_faster_process_wins(jsonl, tmp_path, monkeypatch):

@@ -274,7 +274,7 @@ def _narrow(path: pathlib.Path, dtype: str) -> None:
     """Write a file of `_WIDE` numbers anew with those of another type, into which all fit."""
     unfinished = path.with_suffix(".narrow")
     with path.open("rb") as wide, unfinished.open("wb") as narrow:
-        while (numbers := np.fromfile(wide, _WIDE, 1 << 20)).size:
+        while (numbers := np.fromfile(wide, _WIDE, 1 << 18)).size:
             narrow.write(numbers.astype(dtype).tobytes())
     unfinished.replace(path)
 

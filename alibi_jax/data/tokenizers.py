@@ -132,9 +132,7 @@ class SubwordTokenizer:
             before: The characters before the cut, as many as its words can depend on.
             after: Those after it.
         """
-        whole, left, right = self._tokenizer.encode_batch(
-            [before + after, before, after], add_special_tokens=False
-        )
+        whole, left, right = self._encodings([before + after, before, after])
         cut = len(left.ids)
         shifted = [(start + len(before), stop + len(before)) for start, stop in right.offsets]
         return (
@@ -150,14 +148,22 @@ class SubwordTokenizer:
         A character that several tokens share ends with the first of them. Where a token stands for
         nothing of the text, as one that a normalizer puts in, it ends where the one before does.
         """
-        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        for text, encoding in zip(texts, encodings, strict=True):
+        for text, encoding in zip(texts, self._encodings(texts), strict=True):
             data = np.frombuffer(text.encode(), np.uint8)
             # Bytes before each character, and all of them: 10xxxxxx continues a character.
             places = np.append(np.flatnonzero(data & 0xC0 != 0x80), len(data))
             stops = np.array(encoding.offsets, np.int64).reshape(-1, 2)[:, 1]
             ends = np.maximum.accumulate(places[stops])
             yield Encoded(np.array(encoding.ids, np.uint32), ends)
+
+    def _encodings(self, texts: Sequence[str]) -> list[Any]:
+        try:
+            return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # the library raises nothing more special
+            raise UserError(
+                f"the tokenizer has no token for some of the text ({error}); give it one for "
+                "unknown words, or take 'bytes', 'bpe:VOCAB_SIZE' or 'words:VOCAB_SIZE'"
+            ) from error
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return uint32 [n] token ids of each text, on all cores."""

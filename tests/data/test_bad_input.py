@@ -265,6 +265,20 @@ def test_tokenizer_file(tmp_path, content, words):
     )
 
 
+def test_a_tokenizer_without_a_token_for_some_text(tmp_path):
+    vocabulary = tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>")
+    tokenizers.Tokenizer(vocabulary).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("b" * 100)
+    refused(
+        DataConfig(
+            source=f"files:{tmp_path}/*.txt",
+            tokenizer=str(tmp_path / "tokenizer.json"),
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        "has no token for some of the text .*give it one for unknown words",
+    )
+
+
 def test_stdlib_without_sources(tmp_path):
     (tmp_path / "one.py").write_text("print()")
     with pytest.raises(UserError, match=r"holds 1 Python sources.*give your own text"):

@@ -12,7 +12,7 @@ from alibi_jax.errors import require
 from alibi_jax.evaluation.bootstrap import interval, resamples
 from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
-from alibi_jax.evaluation.report import finite
+from alibi_jax.evaluation.report import finite, perplexity
 from alibi_jax.evaluation.verdict import TOLERANCE, percent
 
 PROTOCOLS = ("nonoverlapping", "fixed_targets")
@@ -214,6 +214,7 @@ def _entries(
             "interval": level["interval"],
             "document_interval": level["document_interval"],
             "nats_per_token_seeds": level["seeds"],
+            "perplexity": perplexity(level["mean"]),
             "bytes_per_token": bytes_per_token,
             "bits_per_byte": _times(bits, level["mean"]),
             "bits_per_byte_interval": _times(bits, level["interval"]),

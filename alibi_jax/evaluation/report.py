@@ -131,16 +131,20 @@ def loss(nats: np.ndarray, tokens: np.ndarray, num_bytes: np.ndarray, counts: np
     """Reduce the totals of documents, float64 [num_documents], to a loss in each of its units."""
     bits = nats / math.log(2)
     per_token = ratio(nats, tokens)
-    with np.errstate(over="ignore"):
-        perplexity = None if per_token is None else finite(float(np.exp(per_token)))
     return {
         "nats_per_token": per_token,
         "interval": interval(nats, tokens, counts),
-        "perplexity": perplexity,
+        "perplexity": perplexity(per_token),
         "bits_per_byte": ratio(bits, num_bytes),
         "bits_per_byte_interval": interval(bits, num_bytes, counts),
         "bytes_per_token": ratio(num_bytes, tokens),
     }
+
+
+def perplexity(nats_per_token: float | None) -> float | None:
+    """Perplexity per token; None if it is not finite."""
+    with np.errstate(over="ignore"):
+        return None if nats_per_token is None else finite(float(np.exp(nats_per_token)))
 
 
 def by_length(losses: Mapping[int, np.ndarray], *args: Any, **kwargs: Any) -> list[Entry]:

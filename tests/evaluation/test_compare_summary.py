@@ -84,6 +84,7 @@ def test_levels_and_paired_differences_are_those_planted(comparison, protocol):
         assert entry["interval"] == pytest.approx(t_interval(text + shifts + gains), rel=1e-5)
         bits = entry["nats_per_token"] / math.log(2) / 2.0
         assert entry["bits_per_byte"] == pytest.approx(bits)
+        assert math.log(entry["perplexity"]) == pytest.approx(entry["nats_per_token"])
         assert np.mean(entry["bits_per_byte_seeds"]) == pytest.approx(bits)
         assert entry["difference_seeds"] == pytest.approx(gains, abs=1e-6)
         assert entry["difference_interval"] == pytest.approx(t_interval(gains), abs=1e-5)

@@ -4,6 +4,26 @@ import contextlib
 import os
 from pathlib import Path
 
+from alibi_jax.errors import UserError
+
+
+def user_path(path: str, name: str) -> Path:
+    """Gives the path that a person wrote, with `~` expanded; it need not exist.
+
+    Raises:
+      UserError: there is no such home folder, or no file can have that name; `name` is what the
+        person set.
+    """
+    try:
+        expanded = Path(path).expanduser()
+        expanded.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:  # Python has all three for a bad path
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{name}={path!r} is no path that can be used: {reason}") from error
+    return expanded
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name, then renames it; nothing if it holds the text."""

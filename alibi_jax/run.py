@@ -124,7 +124,7 @@ def train_short_test_long(
             windows,
             train_length=config.data.sequence_length,
             num_targets=config.evaluation.num_targets,
-            bytes_per_token=evaluation.bytes_per_token(windows, corpus.tokenizer.decode),
+            tokenizer=corpus.tokenizer,
             num_bootstrap=config.evaluation.num_bootstrap,
         )
         summary |= {"config": config.to_dict(), "versions": evaluation.versions()}

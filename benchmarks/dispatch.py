@@ -51,7 +51,8 @@ def measure(num_layers: int, embed_dim: int) -> dict[str, float]:
         program = compile_program(config, mesh)
         state = program.init()
         ids = np.ones((2, config.data.sequence_length + 1), np.int32)
-        batch = jax.device_put({"tokens": ids, "segment_ids": ids}, program.batch_sharding)
+        batch = dict.fromkeys(("tokens", "segment_ids", "token_bytes"), ids)
+        batch = jax.device_put(batch, program.batch_sharding)
         dispatch, step = [], []
         for _ in range(CALLS):
             jax.block_until_ready(state)

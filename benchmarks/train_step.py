@@ -82,7 +82,8 @@ def our_step(config: Config) -> tuple[Program, Any, Callable[[], float]]:
     state = program.init()
     params = jax.tree.map(np.array, state.params) if config.model is MODEL else None
     tokens = random_tokens(config)
-    batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
+    ones = np.ones_like(tokens)
+    batch = {"tokens": tokens, "segment_ids": ones, "token_bytes": ones}
     batch = jax.device_put(batch, program.batch_sharding)
 
     def step() -> float:

@@ -12,8 +12,8 @@ Hardware  the paper: 128 V100 for 5.5k to 6.7k GPU hours, 24.6 to 29.4 GB each. 
 Command   python train.py --config=configs/paper_1p3b.py:alibi1024 --workdir=runs/1p3b
 Variants  alibi512, alibi1024 (without one), alibi2048, sinusoidal512, sinusoidal1024,
           sinusoidal2048; `tiny` has every mechanism on two layers and the Python standard library
-Reach     validation perplexity per token of the paper's vocabulary (Table 12), which differs with
-          the tokenizer; the order of the rows should not:
+Reach     validation perplexity per token of the paper's vocabulary (Table 12; "perplexity" in
+          extrapolation.json), which differs with the tokenizer; the order of the rows should not:
 
           tokens            512     1024    2048
           alibi512          9.79    9.30    9.54

@@ -10,8 +10,8 @@ Hardware  8 devices of 32 GB (compiled for a TPU, alibi512 takes 24 GB of tempor
 Command   python train.py --config=configs/wikitext103.py:alibi512 --workdir=runs/wikitext103
 Variants  alibi512 (without one), alibi1024, sinusoidal1024, sinusoidal2048; `tiny` has every
           mechanism on two layers and the Python standard library, for a laptop
-Reach     validation perplexity per word, exp(nats_per_token) of extrapolation.json, nonoverlapping
-          windows (Tables 2, 3 and 5):
+Reach     validation perplexity per word, ends of lines among them as in fairseq: "perplexity" in
+          extrapolation.json, nonoverlapping windows (Tables 2, 3 and 5):
 
           tokens         512    1024    2048    about 4K   about 8K
           alibi512       19.73  18.81   18.48   18.41      18.34

@@ -56,7 +56,7 @@ VALUES = [
     ("data.source=stdlb", "did you mean 'stdlib'?"),
     ("data.source=files:/nowhere/*.txt", "no file matches '/nowhere/*.txt'; check the path"),
     ("data.source=tfds:", "names nothing; write for instance"),
-    ("data.tokenizer=bpe:12", "with a whole number of at least 257"),
+    ("data.tokenizer=bpe:12", "with a whole number from 257 to"),
     ("data.tokenizer=missing.json", "nor a file that exists"),
     ("data.packing=dense", "must be one of documents, stream"),
     ("data.sequence_length=0", "config.data.sequence_length=0: must be at least 1"),

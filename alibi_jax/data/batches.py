@@ -47,10 +47,11 @@ def batches(
             own: the batches are the same for any number of them, and so is the position.
 
     Returns:
-        A data set whose element k is the batch of step k: "tokens" int32 [B, L+1] and
-        "segment_ids" int32 [B, L+1] (with `rows`, [n, L+1]), the number of the document within the
-        window from 1 on ("stream": all 1). A target is to be predicted where its segment id is
-        that of the token before. There is no padding, so no segment id is 0.
+        A data set whose element k is the batch of step k, each of its arrays int32 [B, L+1] (with
+        `rows`, [n, L+1]): "tokens"; "segment_ids", the number of the document within the window
+        from 1 on ("stream": all 1); "token_bytes", as `TokenizedSplit.token_bytes`. A target is to
+        be predicted where its segment id is that of the token before. There is no padding, so no
+        segment id is 0.
 
     Raises:
         UserError: The split is shorter than one window, or the seed is out of range.
@@ -125,6 +126,7 @@ def _read_windows(
     starts = numbers * sequence_length
     stops = starts + sequence_length + 1
     tokens = np.empty((len(numbers), sequence_length + 1), np.int32)
+    token_bytes = np.empty_like(tokens)
     # 1 where a segment begins, then their running sum.
     segment_ids = np.zeros_like(tokens)
     segment_ids[:, 0] = 1
@@ -132,6 +134,8 @@ def _read_windows(
     last = np.searchsorted(split.offsets, stops)
     for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
         tokens[row] = split.tokens[start:stop]
+        token_bytes[row] = split.token_bytes[start:stop]
         if packing == "documents":
             segment_ids[row, split.offsets[first[row] : last[row]] - start] = 1
-    return {"tokens": tokens, "segment_ids": np.cumsum(segment_ids, axis=1, dtype=np.int32)}
+    segment_ids = np.cumsum(segment_ids, axis=1, dtype=np.int32)
+    return {"tokens": tokens, "segment_ids": segment_ids, "token_bytes": token_bytes}

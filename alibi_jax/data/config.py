@@ -2,14 +2,15 @@
 
 import dataclasses
 import difflib
-import pathlib
 from typing import Literal
 
 from alibi_jax.errors import UserError, require
+from alibi_jax.files import user_path
 
 SCHEMES = ("stdlib", "files:", "tfds:")
 # Smallest vocabularies: the 256 bytes and the separator; unknown words, one word, the separator.
 SMALLEST = {"bpe": 257, "words": 3}
+LARGEST = 1 << 21  # tokens; the largest in the literature have a few hundred thousand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _check_source(source: str) -> None:
             )
         if source.startswith(scheme):
             return
-    if source and pathlib.Path(source).expanduser().exists():
+    if source and user_path(source, "config.data.source").exists():
         raise UserError(
             f"config.data.source={source!r} is a path; write 'files:{source}' to train on a file, "
             f"or 'files:{source.rstrip('/')}/**/*.txt' for a folder"
@@ -79,13 +80,14 @@ def _check_tokenizer(spec: str) -> None:
         return
     kind, colon, size = spec.partition(":")
     if colon and kind in SMALLEST:
-        if not (size.isascii() and size.isdigit()) or int(size) < SMALLEST[kind]:
+        digits = size.isascii() and size.isdigit() and len(size) <= len(str(LARGEST))
+        if not digits or not SMALLEST[kind] <= int(size) <= LARGEST:
             raise UserError(
-                f"config.data.tokenizer={spec!r} is not '{kind}:VOCAB_SIZE' with a whole number of "
-                f"at least {SMALLEST[kind]}; write for instance '{kind}:8192'"
+                f"config.data.tokenizer={spec!r} is not '{kind}:VOCAB_SIZE' with a whole number "
+                f"from {SMALLEST[kind]} to {LARGEST}; write for instance '{kind}:8192'"
             )
         return
-    path = pathlib.Path(spec).expanduser()
+    path = user_path(spec, "config.data.tokenizer")
     if path.is_dir():
         raise UserError(
             f"config.data.tokenizer={spec!r} is a folder; give the path of its tokenizer.json"

@@ -13,7 +13,7 @@ import pathlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -28,8 +28,11 @@ from alibi_jax.data.tokenizers import (
     train_words,
 )
 from alibi_jax.errors import UserError
+from alibi_jax.files import user_path
 
-FORMAT = 1  # of the cached files and of how text is cut into tokens; part of every key
+FORMAT = 1  # of how text becomes tokens; part of what identifies a corpus, and so of every run
+_LAYOUT = 2  # of the cached files
+_WIDE = np.dtype(np.uint32)  # of bytes per token, while their largest is not known
 _PIECES_AT_ONCE = 256  # of documents.PIECE_LENGTH characters: bounds the memory of tokenizing
 
 _log = logging.getLogger(__name__)
@@ -44,24 +47,17 @@ class TokenizedSplit:
     """
 
     tokens: np.ndarray  # uint16 or uint32 [N], mapped from disk
+    # uint8, uint16 or uint32 [N], mapped: UTF-8 bytes of the text for which each token stands. A
+    # token stands for all from the end of the one before: so for the white space before a word, and
+    # the separator after a document for what is left at its end, mostly nothing.
+    token_bytes: np.ndarray
     offsets: np.ndarray  # int64 [num_documents + 1]: document i is tokens[offsets[i]:offsets[i+1]]
-    num_bytes: int  # UTF-8 bytes of the text
+    num_bytes: int  # UTF-8 bytes of the text, the sum of token_bytes
 
     @property
     def num_documents(self) -> int:
         """Number of documents."""
         return len(self.offsets) - 1
-
-    def bytes_per_token(self, packing: str) -> float:
-        """UTF-8 bytes for each target: nats/token / ln 2 / this = bits/byte.
-
-        Targets are all tokens but the first: of each document, or of the stream.
-
-        Args:
-            packing: As `DataConfig.packing`.
-        """
-        firsts = self.num_documents if packing == "documents" else 1
-        return self.num_bytes / (len(self.tokens) - firsts)
 
     def document(self, index: int) -> np.ndarray:
         """Return the tokens of a document, both separators included.
@@ -102,7 +98,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     cache = _cache_dir(config)
     tokenizer = _load_tokenizer(config, source, cache)
     fingerprint = _key(source.fingerprint, tokenizer.fingerprint)
-    directory = cache / "tokens" / fingerprint
+    directory = cache / "tokens" / _key(fingerprint, _LAYOUT)
     splits = _read(directory)
     if splits is None:
         if directory.exists():
@@ -117,9 +113,10 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 def _cache_dir(config: DataConfig) -> pathlib.Path:
     if config.cache_dir is not None:
-        return pathlib.Path(config.cache_dir).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(home).expanduser() / "alibi_jax"
+        return user_path(config.cache_dir, "config.data.cache_dir")
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return user_path(home, "XDG_CACHE_HOME") / "alibi_jax"
+    return user_path("~/.cache", "config.data.cache_dir") / "alibi_jax"
 
 
 def _key(*parts: object) -> str:
@@ -131,8 +128,8 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
         return ByteTokenizer()
     trained = trained_tokenizer(config.tokenizer)
     if trained is None:
-        return load_tokenizer_file(pathlib.Path(config.tokenizer).expanduser())
-    directory = cache / "tokenizers" / _key(source.fingerprint, *trained)
+        return load_tokenizer_file(user_path(config.tokenizer, "config.data.tokenizer"))
+    directory = cache / "tokenizers" / _key(source.fingerprint, *trained, _LAYOUT)
     path = directory / "tokenizer.json"
     if path.is_file():
         with contextlib.suppress(UserError):  # damaged: train it again
@@ -142,13 +139,16 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
         piece
         for split, document in source.read()
         if split == "train"
-        for piece in bounded_pieces(document)
+        for piece in bounded_pieces(document, lambda before, after: True)
     )
     with _written_whole(directory) as unfinished:
         kind, vocab_size = trained
         train = {"bpe": train_bpe, "words": train_words}[kind]
         train(texts, vocab_size, unfinished / path.name)
-    return load_tokenizer_file(path)
+    tokenizer = load_tokenizer_file(path)
+    if tokenizer.vocab_size < vocab_size:
+        _log.warning("%s: the text gives %d tokens only", config.tokenizer, tokenizer.vocab_size)
+    return tokenizer
 
 
 @contextlib.contextmanager
@@ -165,6 +165,8 @@ def _written_whole(directory: pathlib.Path) -> Iterator[pathlib.Path]:
         except OSError as error:  # another process was faster, with the very same content
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
+    except BrokenPipeError:  # of the screen that shows the progress
+        raise
     except OSError as error:
         raise UserError(
             f"cache_dir: cannot write {directory.parent} ({error.strerror or error}); "
@@ -190,22 +192,17 @@ def _tokenize(source: Source, tokenizer: Tokenizer, directory: pathlib.Path) -> 
             desc=f"tokenizing {source.name}", unit="B", unit_scale=True, disable=None
         ) as progress,
     ):
-        writers = {
-            split: _SplitWriter(
-                files.enter_context((directory / f"{split}.tokens").open("wb")), tokenizer
-            )
-            for split in SPLITS
-        }
+        writers = {split: _SplitWriter(directory, split, tokenizer, files) for split in SPLITS}
         pieces = (
             (split, piece, number == 0)
             for split, document in source.read()
-            for number, piece in enumerate(bounded_pieces(document))
+            for number, piece in enumerate(bounded_pieces(document, tokenizer.may_cut))
         )
         while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
-            encoded = tokenizer.encode_batch([piece for _, piece, _ in batch])
-            for (split, piece, is_first), ids in zip(batch, encoded, strict=True):
+            encoded = tokenizer.encode_with_ends([piece for _, piece, _ in batch])
+            for (split, piece, is_first), (ids, ends) in zip(batch, encoded, strict=True):
                 num_bytes = len(piece.encode())
-                writers[split].append(ids, num_bytes, is_first)
+                writers[split].append(ids, ends, num_bytes, is_first)
                 progress.update(num_bytes)
             progress.set_postfix_str(
                 ", ".join(f"{split} {w.num_bytes / 1e6:.1f} MB" for split, w in writers.items()),
@@ -219,61 +216,83 @@ def _tokenize(source: Source, tokenizer: Tokenizer, directory: pathlib.Path) -> 
                 "give more text, or files for it"
             )
         np.save(directory / f"{split}.offsets.npy", np.array(writer.offsets, np.int64))
-    (directory / "meta.json").write_text(json.dumps(meta, indent=1))
+        _narrow(directory / f"{split}.bytes", meta[split]["bytes_dtype"])
+    (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 class _SplitWriter:
-    """Appends documents to the token file of one split."""
+    """Appends documents to the files of one split."""
 
-    def __init__(self, file: BinaryIO, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, directory: pathlib.Path, split: str, tokenizer: Tokenizer, files: contextlib.ExitStack
+    ) -> None:
         self.num_bytes = 0
         self.offsets = array.array("q")  # starts of documents, and at the end that of the last
-        self._file = file
-        self._num_tokens = 0
+        self._tokens = files.enter_context((directory / f"{split}.tokens").open("wb"))
+        self._bytes = files.enter_context((directory / f"{split}.bytes").open("wb"))
+        self._num_tokens = self._most_bytes = 0
+        self._left = 0  # bytes of the document after the end of its last token so far
         self._dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
         self._separator = np.array([tokenizer.separator])
 
-    def append(self, ids: np.ndarray, num_bytes: int, is_first: bool) -> None:
-        """Add a piece (token ids [n]); the first of a document ends the document before it."""
+    def append(self, ids: np.ndarray, ends: np.ndarray, num_bytes: int, is_first: bool) -> None:
+        """Add a piece, as `Encoded`; the first of a document ends the document before it."""
         if is_first:
             if self.offsets:
-                self._write(self._separator)
+                self._end_document()
             self.offsets.append(self._num_tokens)
-            self._write(self._separator)
-        self._write(ids)
+            self._write(self._separator, np.zeros(1, np.int64))
+        stops = np.concatenate([[-self._left], ends])
+        self._write(ids, np.diff(stops))
+        self._left = num_bytes - int(stops[-1])
         self.num_bytes += num_bytes
 
-    def finish(self) -> dict[str, object]:
+    def finish(self) -> dict[str, Any]:
         """End the last document and return the split's part of meta.json."""
-        self._write(self._separator)
+        self._end_document()
         self.offsets.append(self._num_tokens)
         return {
             "dtype": self._dtype.name,
+            "bytes_dtype": np.min_scalar_type(self._most_bytes).name,
             "num_tokens": self._num_tokens,
             "num_documents": len(self.offsets) - 1,
             "num_bytes": self.num_bytes,
         }
 
-    def _write(self, ids: np.ndarray) -> None:
-        self._file.write(ids.astype(self._dtype).tobytes())
+    def _end_document(self) -> None:
+        self._write(self._separator, np.array([self._left]))
+        self._left = 0
+
+    def _write(self, ids: np.ndarray, num_bytes: np.ndarray) -> None:
+        self._tokens.write(ids.astype(self._dtype).tobytes())
+        self._bytes.write(num_bytes.astype(_WIDE).tobytes())
+        self._most_bytes = max(self._most_bytes, int(num_bytes.max(initial=0)))
         self._num_tokens += len(ids)
+
+
+def _narrow(path: pathlib.Path, dtype: str) -> None:
+    """Write a file of `_WIDE` numbers anew with those of another type, into which all fit."""
+    unfinished = path.with_suffix(".narrow")
+    with path.open("rb") as wide, unfinished.open("wb") as narrow:
+        while (numbers := np.fromfile(wide, _WIDE, 1 << 18)).size:
+            narrow.write(numbers.astype(dtype).tobytes())
+    unfinished.replace(path)
 
 
 def _read(directory: pathlib.Path) -> dict[str, TokenizedSplit] | None:
     """Map what `_tokenize` wrote; None where it is missing or not what meta.json says."""
     try:
-        meta = json.loads((directory / "meta.json").read_text())
+        meta = json.loads((directory / "meta.json").read_text(encoding="utf-8"))
         splits = {}
         for split in SPLITS:
             about = meta[split]
-            path = directory / f"{split}.tokens"
-            tokens = np.memmap(path, about["dtype"], mode="r")
+            tokens = np.memmap(directory / f"{split}.tokens", about["dtype"], mode="r")
+            token_bytes = np.memmap(directory / f"{split}.bytes", about["bytes_dtype"], mode="r")
             offsets = np.load(directory / f"{split}.offsets.npy")
-            shapes = (tokens.shape, offsets.shape, int(offsets[-1]))
-            num_tokens = about["num_tokens"]
-            if shapes != ((num_tokens,), (about["num_documents"] + 1,), num_tokens):
+            sizes = (len(tokens), len(token_bytes), int(offsets[-1]), len(offsets) - 1)
+            if sizes != (*(about["num_tokens"],) * 3, about["num_documents"]):
                 return None
-            splits[split] = TokenizedSplit(tokens, offsets, about["num_bytes"])
+            splits[split] = TokenizedSplit(tokens, token_bytes, offsets, about["num_bytes"])
     except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError):
         return None
     return splits

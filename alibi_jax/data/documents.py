@@ -10,10 +10,13 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 Document = Iterable[str]
+MayCut = Callable[[str, str], bool]
 
 SPLITS = ("train", "valid", "test")
 HELD_OUT_FRACTION = 0.05  # of the documents, for each split that is held out
-PIECE_LENGTH = 1 << 12  # characters at most; BPE takes twice as long for pieces of 1 << 16
+PIECE_LENGTH = 1 << 12  # characters; BPE takes twice as long for pieces of 1 << 16
+_CONTEXT = 128  # characters on either side of a cut that a tokenizer is asked about
+_CUTS_TO_TRY = 8  # in a piece, before a longer one is taken
 
 
 def is_blank(document: Document) -> bool:
@@ -25,39 +28,47 @@ def is_blank(document: Document) -> bool:
     return not any(piece.strip() for piece in document)
 
 
-def bounded_pieces(document: Document) -> Iterator[str]:
-    """Cut a document into pieces of at most `PIECE_LENGTH` characters for a tokenizer.
+def bounded_pieces(document: Document, may_cut: MayCut | None) -> Iterator[str]:
+    """Cut a document into pieces for a tokenizer, of `PIECE_LENGTH` characters where that may be.
 
-    Cuts fall before a space that follows something else. There every pre-tokenizer in common use
-    (GPT-2's and its descendants, Metaspace) begins a new word, so the tokens of the pieces are the
-    tokens of the whole. Only text without a space for a whole piece is cut anywhere.
+    Cuts fall before white space that follows something else, where `may_cut` allows one. A piece
+    in which it allows none becomes longer, up to the whole document.
 
     Args:
         document: Pieces of any lengths.
+        may_cut: Says whether the text may be cut between some characters before and some after;
+            None: it may anywhere.
 
     Yields:
         Non-empty pieces whose concatenation is the document.
     """
-    rest = ""
+    rest, length = "", PIECE_LENGTH
     for piece in document:
         rest += piece
         start = 0
-        while len(rest) - start > PIECE_LENGTH:
-            stop = _last_word_start(rest, start, start + PIECE_LENGTH)
+        while len(rest) - start > length + _CONTEXT:
+            stop = _cut_before(rest, start, start + length, may_cut)
+            if stop is None:
+                length *= 2
+                continue
             yield rest[start:stop]
-            start = stop
+            start, length = stop, PIECE_LENGTH
         rest = rest[start:]
     if rest:
         yield rest
 
 
-def _last_word_start(text: str, start: int, stop: int) -> int:
-    """Return the last index in (start, stop] of a space that follows something else, or stop."""
-    at = stop + 1
-    while (at := text.rfind(" ", start + 1, at)) != -1:
-        if not text[at - 1].isspace():
+def _cut_before(text: str, start: int, stop: int, may_cut: MayCut | None) -> int | None:
+    """Return the last place in (start, stop] for a cut, None if none of the last few is one."""
+    if may_cut is None:
+        return stop
+    places = (
+        at for at in range(stop, start, -1) if text[at].isspace() and not text[at - 1].isspace()
+    )
+    for at in itertools.islice(places, _CUTS_TO_TRY):
+        if may_cut(text[max(start, at - _CONTEXT) : at], text[at : at + _CONTEXT]):
             return at
-    return stop
+    return None
 
 
 def hold_out(

@@ -94,6 +94,19 @@ def file_digest(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
 
 
+def read_bytes(path: pathlib.Path) -> bytes:
+    """Return the bytes of a file as they are on disk.
+
+    Args:
+        path: A file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    with _one_line(path):
+        return path.read_bytes()
+
+
 def find_text_field(record: Mapping[str, Any], where: str) -> str:
     """Find the field of a record that holds its text.
 
@@ -170,7 +183,8 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not text.strip():
             continue
         try:
-            record = json.loads(text)
+            # Numbers are not used, and int() refuses long ones: the type is all that matters.
+            record = json.loads(text, parse_int=len)
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{where}: not JSON ({error.msg}, column {error.colno}); "
@@ -189,17 +203,21 @@ def _records(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _lines(path: pathlib.Path) -> Iterator[bytes]:
-    rest = b""
+    begun: list[bytes] = []  # parts of a line, put together only once: a line can be of any length
     for chunk in _chunks(path):
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, rest = chunk.split(b"\n")
         for line in lines:
-            yield line + b"\n"
-    yield rest
+            yield b"".join((*begun, line, b"\n"))
+            begun.clear()
+        begun.append(rest)
+    yield b"".join(begun)
 
 
 def _chunks(path: pathlib.Path) -> Iterator[bytes]:
     """Read the decompressed bytes of a file, never much more than one chunk at a time."""
     with _one_line(path):
+        if path.suffix.lower() in COMPRESSED_SUFFIXES and not path.stat().st_size:
+            raise EOFError  # which gzip and zstandard take for an empty text
         match path.suffix.lower():
             case ".zst":
                 yield from _zstandard_chunks(path)
@@ -207,11 +225,27 @@ def _chunks(path: pathlib.Path) -> Iterator[bytes]:
                 with gzip.open(path) as file:
                     yield from iter(lambda: file.read(_CHUNK), b"")
             case ".xz":
-                with lzma.open(path) as file:
-                    yield from iter(lambda: file.read(_CHUNK), b"")
+                yield from _xz_chunks(path)
             case _:
                 with path.open("rb") as file:
                     yield from iter(lambda: file.read(_CHUNK), b"")
+
+
+def _xz_chunks(path: pathlib.Path) -> Iterator[bytes]:
+    # Not lzma.open: it takes a damaged second stream for the end of the file.
+    with path.open("rb") as file:
+        data = file.read(_CHUNK)
+        while data:
+            stream = lzma.LZMADecompressor()
+            while not stream.eof:
+                if stream.needs_input and not (data := data or file.read(_CHUNK)):
+                    raise EOFError
+                if chunk := stream.decompress(data, _CHUNK):
+                    yield chunk
+                data = b""
+            data = stream.unused_data.lstrip(b"\0")  # between streams there may be zeros
+            while not data and (more := file.read(_CHUNK)):
+                data = more.lstrip(b"\0")
 
 
 def _zstandard_chunks(path: pathlib.Path) -> Iterator[bytes]:

@@ -1,7 +1,6 @@
 """Where text comes from: the standard library, files, or TensorFlow Datasets without TensorFlow."""
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -12,17 +11,18 @@ from typing import Any
 
 from alibi_jax.data.documents import SPLITS, Document, hold_out, is_blank, split_of
 from alibi_jax.data.files import (
-    COMPRESSED_SUFFIXES,
     LINES_SUFFIX,
-    TEXT_SUFFIXES,
     TextFile,
     file_digest,
     find_text_field,
     kind,
+    read_bytes,
     read_documents,
     text_of,
 )
+from alibi_jax.data.globs import matching_files
 from alibi_jax.errors import UserError
+from alibi_jax.files import user_path
 
 # `encodings` is 120 near copies of one table: in two splits they would give the answers away.
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
@@ -50,10 +50,19 @@ def open_source(source: str, text_field: str | None) -> Source:
             too, where the text turns out to be malformed.
     """
     if source == "stdlib":
+        _no_fields(source, text_field)
         return stdlib_source()
     if source.startswith("files:"):
         return files_source(source, text_field)
     return tfds_source(source, text_field)
+
+
+def _no_fields(source: str, text_field: str | None) -> None:
+    if text_field is not None:
+        raise UserError(
+            f"config.data.text_field={text_field!r}: source {source!r} has no fields, which only "
+            f"{LINES_SUFFIX} files and TFDS examples have; leave it out"
+        )
 
 
 def stdlib_source(root: pathlib.Path | None = None) -> Source:
@@ -72,7 +81,7 @@ def stdlib_source(root: pathlib.Path | None = None) -> Source:
         name = path.relative_to(root).as_posix()
         if _STDLIB_WITHOUT.intersection(name.split("/")):
             continue
-        data = path.read_bytes()
+        data = read_bytes(path)
         try:
             data.decode()
         except UnicodeDecodeError:  # a few sources and samples are in other encodings
@@ -102,9 +111,10 @@ def files_source(source: str, text_field: str | None) -> Source:
     Raises:
         UserError: The glob matches nothing that can be read.
     """
-    pattern = source.removeprefix("files:")
+    pattern = str(user_path(source.removeprefix("files:"), "config.data.source"))
     if "{split}" not in pattern:
-        paths = _matches(pattern)
+        paths = matching_files(pattern)
+        _check_fields(source, text_field, paths)
         fingerprint = _files_fingerprint({"all": paths}, text_field)
         return Source(
             source,
@@ -112,7 +122,8 @@ def files_source(source: str, text_field: str | None) -> Source:
             lambda: hold_out(lambda: read_documents(paths, text_field), ("valid", "test")),
         )
 
-    by_split = {split: _matches(pattern.replace("{split}", split)) for split in SPLITS}
+    by_split = {split: matching_files(pattern.replace("{split}", split)) for split in SPLITS}
+    _check_fields(source, text_field, [path for paths in by_split.values() for path in paths])
     seen: dict[pathlib.Path, str] = {}
     for split, paths in by_split.items():
         for path in paths:
@@ -130,26 +141,9 @@ def files_source(source: str, text_field: str | None) -> Source:
     return Source(source, _files_fingerprint(by_split, text_field), read)
 
 
-def _matches(pattern: str) -> list[pathlib.Path]:
-    pattern = str(pathlib.Path(pattern).expanduser())
-    if pathlib.Path(pattern).is_dir():
-        raise UserError(
-            f"'files:{pattern}' is a folder; give a glob, for instance "
-            f"'files:{pattern.rstrip('/')}/**/*.txt'"
-        )
-    names = glob.glob(pattern, recursive=True)  # noqa: PTH207 (Path.glob takes no absolute one)
-    paths = [pathlib.Path(name) for name in sorted(names)]
-    paths = [path for path in paths if not path.is_dir()]
-    if not paths:
-        raise UserError(f"no file matches {pattern!r}; check the path (** stands for any folders)")
-    known = [path for path in paths if kind(path)]
-    if not known:
-        raise UserError(
-            f"{pattern!r} matches no file that can be read, only "
-            f"{', '.join(sorted({path.suffix or path.name for path in paths}))}; allowed are "
-            f"{' '.join((*TEXT_SUFFIXES, LINES_SUFFIX))}, also with {' '.join(COMPRESSED_SUFFIXES)}"
-        )
-    return known
+def _check_fields(source: str, text_field: str | None, paths: list[pathlib.Path]) -> None:
+    if not any(kind(path) == LINES_SUFFIX for path in paths):
+        _no_fields(source, text_field)
 
 
 def _files_fingerprint(by_split: dict[str, list[pathlib.Path]], text_field: str | None) -> str:
@@ -180,7 +174,7 @@ def tfds_source(source: str, text_field: str | None) -> Source:
     import tensorflow_datasets as tfds
 
     name = source.removeprefix("tfds:")
-    data_dir = pathlib.Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    data_dir = user_path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"), "TFDS_DATA_DIR")
     # As tfds.data_source does by itself where it is given no data_dir.
     builder_kwargs = {"file_format": tfds.core.FileFormat.ARRAY_RECORD}
     # Only what the data set's own code fetches: Google's copies are no ArrayRecords.

@@ -11,7 +11,6 @@ from alibi_jax.evaluation.report import summarize, versions, write_json
 from alibi_jax.evaluation.tables import table
 from alibi_jax.evaluation.windows import (
     Windows,
-    bytes_per_token,
     longest_windows,
     supported_lengths,
 )
@@ -19,7 +18,6 @@ from alibi_jax.evaluation.windows import (
 __all__ = [
     "EvaluationConfig",
     "Windows",
-    "bytes_per_token",
     "evaluate",
     "extrapolation_figure",
     "longest_windows",

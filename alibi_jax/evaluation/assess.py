@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,16 +10,15 @@ import numpy as np
 from alibi_jax.data.tokenizers import Tokenizer
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import judgement, protocols, retrieval
-from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
+from alibi_jax.evaluation.bootstrap import document_sums, resamples
 from alibi_jax.evaluation.config import EvaluationConfig
 from alibi_jax.evaluation.protocols import WindowedLossFn
 from alibi_jax.evaluation.reach import MassFn, attention_mass
-from alibi_jax.evaluation.report import by_length, compared, ratio
+from alibi_jax.evaluation.report import by_length, compared, loss, units
 from alibi_jax.evaluation.verdict import Entry, Level
 from alibi_jax.evaluation.windows import (
     TokenizedDocuments,
     Windows,
-    bytes_per_token,
     longest_windows,
     supported_lengths,
 )
@@ -70,7 +68,6 @@ class Setting(NamedTuple):
     windows: Windows
     lengths: tuple[int, ...]
     counts: np.ndarray  # of the bootstrap
-    bits_per_nat: float  # bits per byte for each nat per token
     tokenizer: Tokenizer
 
     @property
@@ -85,23 +82,11 @@ class Setting(NamedTuple):
 
     def by_length(self, losses: dict[int, np.ndarray]) -> list[Entry]:
         """Entries of losses [N, P] at each length, compared with the training length."""
-        return by_length(
-            losses,
-            self.train_length,
-            self.windows.document,
-            self.counts,
-            bits_per_nat=self.bits_per_nat,
-        )
+        return by_length(losses, self.train_length, self.windows, self.counts)
 
     def compared(self, losses: dict[int, np.ndarray]) -> dict[int, Level]:
         """Levels of losses [N, P] in each setting, compared with all of the longest windows."""
-        return compared(
-            losses,
-            self.longest,
-            self.windows.document,
-            self.counts,
-            bits_per_nat=self.bits_per_nat,
-        )
+        return compared(losses, self.longest, self.windows, self.counts)
 
     def filler(self) -> np.ndarray:
         """Held-out text for each trial of a retrieval task, int32 [num_trials, longest + 1]."""
@@ -148,14 +133,12 @@ def assess(
     windows = longest_windows(
         held_out, longest=kept[-1], num_windows=config.num_windows, packing=packing
     )
-    per_token = bytes_per_token(windows, tokenizer.decode)
     setting = Setting(
         config,
         train_length,
         windows,
         kept,
         resamples(len(np.unique(windows.document)), config.num_bootstrap),
-        1 / (math.log(2) * per_token),
         tokenizer,
     )
     earlier = earlier or {"protocols": {}, "verdict": {}, "left_out": []}
@@ -192,7 +175,7 @@ def assess(
             "unit": windows.unit,
             "tokens_sha256": hashlib.sha256(windows.tokens.astype("<i4").tobytes()).hexdigest(),
             "num_targets": config.num_targets,
-            "bytes_per_token": per_token,
+            **units(windows, tokenizer),
         }
 
     with protocols.progress_bar(sum(task.num_tokens for task in tasks)) as bar:
@@ -266,22 +249,23 @@ def _by_position(losses: dict[int, np.ndarray], setting: Setting) -> dict[str, A
     """
     starts = protocols.position_starts(setting.longest, setting.train_length)
     ranges = list(itertools.pairwise((*starts, setting.longest)))
-    document = setting.windows.document
+    windows = setting.windows
 
     def entry(start: int, stop: int) -> dict[str, Any]:
         length = next(length for length in setting.lengths if length >= stop)
-        tiles = losses[length].reshape(len(document), -1, length)[:, :, start:stop]
-        at_these = tiles.reshape(len(document), -1)
-        nats = document_sums(at_these, document)
-        tokens = document_sums(np.ones_like(at_these), document)
+
+        def total(of_targets: np.ndarray) -> np.ndarray:
+            tiles = of_targets.reshape(len(windows.document), -1, length)[:, :, start:stop]
+            return document_sums(tiles.reshape(len(windows.document), -1), windows.document)
+
+        num_bytes = windows.token_bytes[:, 1:]
+        tokens = total(np.ones_like(num_bytes))
         return {
             "start": start,
             "stop": stop,
             "length": length,
-            "num_tokens": at_these.size,
-            "nats_per_token": ratio(nats, tokens),
-            "interval": interval(nats, tokens, setting.counts),
-            "bits_per_byte": ratio(nats * setting.bits_per_nat, tokens),
+            "num_tokens": int(tokens.sum()),
+            **loss(total(losses[length]), tokens, total(num_bytes), setting.counts),
         }
 
     return {

@@ -12,7 +12,7 @@ from alibi_jax.errors import require
 from alibi_jax.evaluation.bootstrap import interval, resamples
 from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
-from alibi_jax.evaluation.report import finite
+from alibi_jax.evaluation.report import finite, perplexity
 from alibi_jax.evaluation.verdict import TOLERANCE, percent
 
 PROTOCOLS = ("nonoverlapping", "fixed_targets")
@@ -99,7 +99,8 @@ def summarize(
 def _shared(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What all evaluations have in common; raises UserError if they are not of the same tokens."""
     names = ["train_length", "num_windows", "num_documents", "unit", "num_targets"]
-    names += ["bytes_per_token", "windows_per_document", "tokens_sha256", "step"]
+    names += ["bytes_per_token", "unknown_bytes", "word_level"]
+    names += ["windows_per_document", "tokens_sha256", "step"]
 
     def of(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         lengths = [entry["length"] for entry in evaluation["protocols"]["fixed_targets"]]
@@ -130,7 +131,11 @@ class _Scores:
         longest = evaluation["protocols"]["nonoverlapping"][-1]["length"]
         targets = {"nonoverlapping": longest, "fixed_targets": evaluation["num_targets"]}
         self.lengths = [entry["length"] for entry in evaluation["protocols"]["fixed_targets"]]
-        self.bits_per_nat = 1 / (math.log(2) * evaluation["bytes_per_token"])
+        # The same of all lengths, whose targets are the same.
+        self.bytes_per_token = {
+            protocol: evaluation["protocols"][protocol][0]["bytes_per_token"]
+            for protocol in PROTOCOLS
+        }
         self.verdict = evaluation["verdict"]
         self.tokens = {protocol: targets[protocol] * windows for protocol in PROTOCOLS}
         # float64 [lengths, documents]; infinities and nan were written as None.
@@ -190,7 +195,8 @@ def _entries(
 ) -> list[dict[str, Any]]:
     """One protocol of a method by length; `others` are the reference's scores, by seed."""
     any_scores = next(iter(own.values()))
-    tokens, bits = any_scores.tokens[protocol], any_scores.bits_per_nat
+    tokens, bytes_per_token = any_scores.tokens[protocol], any_scores.bytes_per_token[protocol]
+    bits = 1 / (math.log(2) * bytes_per_token)
     nats = np.stack([scores.nats[protocol] for scores in own.values()], axis=1)  # [L, seeds, docs]
     entries = []
     for index, length in enumerate(any_scores.lengths):
@@ -208,6 +214,8 @@ def _entries(
             "interval": level["interval"],
             "document_interval": level["document_interval"],
             "nats_per_token_seeds": level["seeds"],
+            "perplexity": perplexity(level["mean"]),
+            "bytes_per_token": bytes_per_token,
             "bits_per_byte": _times(bits, level["mean"]),
             "bits_per_byte_interval": _times(bits, level["interval"]),
             "bits_per_byte_seeds": _times(bits, level["seeds"]),

@@ -98,16 +98,16 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
 def _lead(leader: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
     (method,) = (m for m in comparison["methods"] if m["name"] == leader["method"])
     entries = method["protocols"]["fixed_targets"]
-    (level,) = (e["bits_per_byte"] for e in entries if e["length"] == leader["length"])
+    (level,) = (entry for entry in entries if entry["length"] == leader["length"])
     trained = leader["length"] == comparison["train_length"]
     where = "the training length" if trained else "the longest"
     text = (
         f"At {leader['length']} tokens ({where}) {leader['method']} has the lowest loss on fixed "
-        f"targets, {level:.4f} bits per byte"
+        f"targets, {level['bits_per_byte']:.4f} bits per byte"
     )
     if leader.get("difference") is None:
         return f"{text}."
-    bits = _bits(comparison)
+    bits = _bits(level)
     intervals = {
         "seeds": leader["difference_interval"],
         "documents": leader["difference_document_interval"],
@@ -157,7 +157,7 @@ def _differences(comparison: Mapping[str, Any], methods: Sequence[Mapping[str, A
         row = [method["name"], str(len(entries[0]["difference_seeds"]))]
         for index in ends:
             entry = entries[index]
-            bits = _bits(comparison)
+            bits = _bits(entry)
             documents = entry["difference_document_interval"]
             row += [
                 _signed(entry["difference"], bits),
@@ -240,8 +240,9 @@ def _or_missing(value: Any, write: Callable[[Any], str]) -> str:
     return "missing" if value is None else write(value)
 
 
-def _bits(comparison: Mapping[str, Any]) -> float:
-    return 1 / (math.log(2) * comparison["bytes_per_token"])
+def _bits(entry: Mapping[str, Any]) -> float:
+    """Bits per byte for each nat per token of the targets of an entry."""
+    return 1 / (math.log(2) * entry["bytes_per_token"])
 
 
 def _signed(value: float | None, factor: float) -> str:

@@ -77,6 +77,11 @@ class EvaluationConfig:
             "overlap",
         )
         require(
+            train_length >= 2,
+            f"config.data.sequence_length={train_length}: must be at least 2, or no target of the "
+            "evaluation would have context",
+        )
+        require(
             1 <= self.num_targets <= train_length // 2,
             f"config.evaluation.num_targets={self.num_targets}: must be at least 1 and at most "
             f"{train_length // 2}, half the training length, which leaves the targets context",

@@ -55,13 +55,12 @@ def extrapolation_figure(summary: Mapping[str, Any], path: Path, title: str | No
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    bits_per_nat = 1 / (np.log(2) * summary["bytes_per_token"])
     with rc_context({"font.size": 8, "axes.titlesize": 8, "legend.fontsize": 7}):
         figure = Figure(figsize=_SIZE, layout="constrained")
         level, change = figure.subplots(1, 2)
         for name in ("nonoverlapping", "fixed_targets"):
             entries, style = summary["protocols"][name], STYLES[name]
-            curve(level, entries, "nats_per_token", "interval", bits_per_nat, style)
+            curve(level, entries, "bits_per_byte", "bits_per_byte_interval", 1, style)
             curve(change, entries, "relative_change", "relative_change_interval", 100, style)
         lengths = [entry["length"] for entry in summary["protocols"]["fixed_targets"]]
         for axes in (level, change):

@@ -66,10 +66,9 @@ def _present(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _levels(axes: "Axes", found: Mapping[str, Any]) -> None:
-    bits_per_nat = 1 / (np.log(2) * found["bytes_per_token"])
     present = _present(found)
     for name, entries in present.items():
-        curve(axes, entries, "nats_per_token", "interval", bits_per_nat, STYLES[name])
+        curve(axes, entries, "bits_per_byte", "bits_per_byte_interval", 1, STYLES[name])
     length_axis(axes, _lengths(present), found["train_length"])
     axes.set_ylabel("bits per byte")
     axes.set_title("loss")
@@ -91,11 +90,11 @@ def _lengths(present: Mapping[str, Any]) -> list[int]:
 
 def _by_position(axes: "Axes", found: Mapping[str, Any]) -> None:
     entries = found["protocols"]["by_position"]["entries"]
-    bits_per_nat = 1 / (np.log(2) * found["bytes_per_token"])
     # A range is drawn at its geometric middle, positions counted from 1.
     middles = [np.sqrt((entry["start"] + 1) * entry["stop"]) for entry in entries]
     at = [{**entry, "length": middle} for entry, middle in zip(entries, middles, strict=True)]
-    curve(axes, at, "nats_per_token", "interval", bits_per_nat, {"color": _BLUE, "marker": "."})
+    style = {"color": _BLUE, "marker": "."}
+    curve(axes, at, "bits_per_byte", "bits_per_byte_interval", 1, style)
     axes.set_xscale("log", base=2)
     _thin_ticks(axes, found["protocols"]["by_position"]["length"])
     axes.axvline(found["train_length"], color=_GREY, linestyle=":", linewidth=1)

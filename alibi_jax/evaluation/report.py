@@ -11,8 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from alibi_jax.data.tokenizers import Tokenizer
 from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
-from alibi_jax.evaluation.verdict import Entry, Level, verdict
+from alibi_jax.evaluation.verdict import Entry, Level, Loss, verdict
 from alibi_jax.evaluation.windows import Windows
 from alibi_jax.files import write_text
 
@@ -23,7 +24,7 @@ def summarize(
     *,
     train_length: int,
     num_targets: int,
-    bytes_per_token: float,
+    tokenizer: Tokenizer,
     num_bootstrap: int,
 ) -> dict[str, Any]:
     """Reduce token losses to both protocols, with intervals and a verdict.
@@ -33,7 +34,7 @@ def summarize(
         windows: The windows that were scored.
         train_length: Tokens per training window, the shortest of the lengths.
         num_targets: Tokens at the end of each window that the fixed-target protocol scores.
-        bytes_per_token: UTF-8 bytes per token of the held-out text.
+        tokenizer: What the windows were tokenized with.
         num_bootstrap: Resamples behind each interval.
 
     Returns:
@@ -47,9 +48,8 @@ def summarize(
         return by_length(
             {length: losses[length][:, select] for length in losses},
             train_length,
-            windows.document,
+            windows,
             counts,
-            bits_per_nat=1 / (math.log(2) * bytes_per_token),
         )
 
     nonoverlapping, fixed_targets = entries(slice(None)), entries(slice(-num_targets, None))
@@ -65,40 +65,56 @@ def summarize(
         "unit": windows.unit,
         "num_tokens": windows.tokens[:, 1:].size,
         "num_targets": num_targets,
-        "bytes_per_token": bytes_per_token,
+        **units(windows, tokenizer),
+    }
+
+
+def units(windows: Windows, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Say what the tokens of the windows are, for whoever reads a loss per token or per byte.
+
+    Args:
+        windows: The windows that are scored.
+        tokenizer: What they were tokenized with.
+
+    Returns:
+        "bytes_per_token", UTF-8 bytes of the source text per target; "unknown_bytes", the fraction
+        of these for which a token stands that names no word: the model need not know them, so bits
+        per byte are too few by what they would cost; "word_level", whether tokens are words.
+    """
+    return {
+        "bytes_per_token": windows.bytes_per_token(),
+        "unknown_bytes": windows.unknown_bytes(tokenizer.unknown),
+        "word_level": tokenizer.word_level,
     }
 
 
 def compared(
     losses: Mapping[Any, np.ndarray],
     reference: Any,
-    document: np.ndarray,
+    windows: Windows,
     counts: np.ndarray,
-    *,
-    bits_per_nat: float,
 ) -> dict[Any, Level]:
     """Reduce losses of the same tokens in several settings to levels, and changes against one.
 
     Args:
-        losses: For each setting, nats per token [N, P].
+        losses: For each setting, nats per token [N, P] of the last P targets of each window.
         reference: The setting with which the others are compared.
-        document: int [N], the document of each window.
+        windows: The windows that were scored.
         counts: From `resamples`.
-        bits_per_nat: Bits per byte for each nat per token.
 
     Returns:
         For each setting its level and, in pairs, its change.
     """
+    document = windows.document
     nats = {setting: document_sums(values, document) for setting, values in losses.items()}
-    tokens = document_sums(np.ones_like(losses[reference]), document)
     base = nats[reference]
+    targets = windows.token_bytes[:, -losses[reference].shape[1] :]
+    num_bytes, tokens = (document_sums(of, document) for of in (targets, np.ones_like(targets)))
 
     def level(total: np.ndarray) -> Level:
         change = total - base
         return {
-            "nats_per_token": ratio(total, tokens),
-            "interval": interval(total, tokens, counts),
-            "bits_per_byte": ratio(total * bits_per_nat, tokens),
+            **loss(total, tokens, num_bytes, counts),
             "change": ratio(change, tokens),
             "change_interval": interval(change, tokens, counts),
             "relative_change": ratio(change, base),
@@ -109,6 +125,26 @@ def compared(
     # A model beyond its length may well return infinities; they become None.
     with np.errstate(invalid="ignore"):
         return {setting: level(total) for setting, total in nats.items()}
+
+
+def loss(nats: np.ndarray, tokens: np.ndarray, num_bytes: np.ndarray, counts: np.ndarray) -> Loss:
+    """Reduce the totals of documents, float64 [num_documents], to a loss in each of its units."""
+    bits = nats / math.log(2)
+    per_token = ratio(nats, tokens)
+    return {
+        "nats_per_token": per_token,
+        "interval": interval(nats, tokens, counts),
+        "perplexity": perplexity(per_token),
+        "bits_per_byte": ratio(bits, num_bytes),
+        "bits_per_byte_interval": interval(bits, num_bytes, counts),
+        "bytes_per_token": ratio(num_bytes, tokens),
+    }
+
+
+def perplexity(nats_per_token: float | None) -> float | None:
+    """Perplexity per token; None if it is not finite."""
+    with np.errstate(over="ignore"):
+        return None if nats_per_token is None else finite(float(np.exp(nats_per_token)))
 
 
 def by_length(losses: Mapping[int, np.ndarray], *args: Any, **kwargs: Any) -> list[Entry]:

@@ -13,10 +13,11 @@ _WIDTH = 100
 def table(summary: Mapping[str, Any]) -> str:
     """Write a summary as plain text of at most 100 columns that ends with the verdict."""
     protocols = summary["protocols"]
+    unit, level = _unit(summary)
     lines = [
         f"{'':16}{'nonoverlapping windows':<28}fixed targets (the last {summary['num_targets']} "
         "tokens of each window)",
-        f"{'tokens':>8}{'x':>6}  {'bits/byte':>9}  {'loss change':<17}{'bits/byte':>9}  "
+        f"{'tokens':>8}{'x':>6}  {unit:>9}  {'loss change':<17}{unit:>9}  "
         "loss change [95% interval]",
     ]
     for window, fixed in zip(protocols["nonoverlapping"], protocols["fixed_targets"], strict=True):
@@ -26,13 +27,13 @@ def table(summary: Mapping[str, Any]) -> str:
         fixed_change = "(training length)" if trained else relative_change(fixed)
         lines.append(
             f"{length:>8}{length / summary['train_length']:>6g}  "
-            f"{_or('{:.4f}'.format, window['bits_per_byte']):>9}  {change:<17}"
-            f"{_or('{:.4f}'.format, fixed['bits_per_byte']):>9}  {fixed_change}"
+            f"{level(window):>9}  {change:<17}{level(fixed):>9}  {fixed_change}"
         )
     longest = protocols["nonoverlapping"][-1]["length"]
     lines += [
         f"{_plural(summary['num_windows'], 'window')} of {longest} tokens from "
         f"{_plural(summary['num_documents'], summary['unit'])}.",
+        *_unknown(summary),
         "",
         *textwrap.wrap(summary["verdict"]["text"], _WIDTH),
     ]
@@ -41,6 +42,24 @@ def table(summary: Mapping[str, Any]) -> str:
 
 def _or(write: Callable[[float], str], number: float | None) -> str:
     return "not finite" if number is None else write(number)
+
+
+def _unit(summary: Mapping[str, Any]) -> tuple[str, Callable[[Mapping[str, Any]], str]]:
+    """The unit in which losses are written, and how: words have a perplexity, as in WikiText."""
+    if summary["word_level"]:
+        return "word ppl", lambda entry: _or("{:,.2f}".format, entry["perplexity"])
+    return "bits/byte", lambda entry: _or("{:.4f}".format, entry["bits_per_byte"])
+
+
+def _unknown(summary: Mapping[str, Any]) -> list[str]:
+    """Say for how much of the text a token stands that the model need not tell from others."""
+    if not summary["unknown_bytes"]:
+        return []
+    text = (
+        f"{summary['unknown_bytes']:.1%} of the bytes are of what the vocabulary lacks, which the "
+        "model predicts as unknown, not as what it is: losses are lower for it."
+    )
+    return textwrap.wrap(text, _WIDTH)
 
 
 def _plural(count: int, noun: str) -> str:
@@ -66,7 +85,8 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
         lines += [*writers[name](entries, found), ""]
     windows = _plural(found["num_windows"], "window")
     source = f"{windows} from {_plural(found['num_documents'], found['unit'])}."
-    lines += [" ".join([source, *few_documents(found["unit"], found["num_documents"])]), ""]
+    lines += [" ".join([source, *few_documents(found["unit"], found["num_documents"])])]
+    lines += [*_unknown(found), ""]
     verdict = found["verdict"]
     lines += textwrap.wrap(verdict["text"], _WIDTH)
     if verdict["warning"]:
@@ -77,13 +97,15 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
 def _lengths(title: str) -> Callable[[Any, Mapping[str, Any]], list[str]]:
     def write(entries: Any, found: Mapping[str, Any]) -> list[str]:
         train_length = found["train_length"]
-        lines = [f"{'tokens':>8}{'x':>6}{'bits/byte':>11}  loss change [95% interval]  {title}"]
+        unit, level = _unit(found)
+        lines = [f"{'tokens':>8}{'x':>6}{unit:>11}  loss change [95% interval]  {title}"]
         for entry in entries:
             length = entry["length"]
             change = "(training length)" if length == train_length else relative_change(entry)
-            bits = _or("{:.4f}".format, entry["bits_per_byte"])
             stride = f"  stride {entry['stride']}" if "stride" in entry else ""
-            lines.append(f"{length:>8}{length / train_length:>6g}{bits:>11}  {change}{stride}")
+            lines.append(
+                f"{length:>8}{length / train_length:>6g}{level(entry):>11}  {change}{stride}"
+            )
         return lines
 
     return write
@@ -95,17 +117,20 @@ def _positions(by_position: Any, found: Mapping[str, Any]) -> list[str]:
     step = -(-len(entries) // 10)
     shown = entries[::-step][::-1]
     starts = "".join(f"{entry['start']:>8}" for entry in shown)
-    values = "".join(f"{_or('{:.3f}'.format, entry['bits_per_byte']):>8}" for entry in shown)
+    unit, key, written = "bits/byte", "bits_per_byte", "{:.3f}".format
+    if found["word_level"]:
+        unit, key, written = "word ppl ", "perplexity", "{:.1f}".format
+    values = "".join(f"{_or(written, entry[key]):>8}" for entry in shown)
     title = "loss from each position on, in all windows of the shortest length that holds it"
-    return [title, f"position{starts}", f"bits/byte{values[1:]}"]
+    return [title, f"position{starts}", f"{unit}{values[1:]}"]
 
 
 def _truncated_input(entries: Any, found: Mapping[str, Any]) -> list[str]:
-    return _cut(entries, "context", "whole input", "input cut to the last tokens")
+    return _cut(entries, found, "context", "whole input", "input cut to the last tokens")
 
 
 def _truncation(entries: Any, found: Mapping[str, Any]) -> list[str]:
-    lines = _cut(entries, "window", "all keys", "nearest keys alone seen in every layer")
+    lines = _cut(entries, found, "window", "all keys", "nearest keys alone seen in every layer")
     window, interval = (found["verdict"][f"layer_window{suffix}"] for suffix in ("", "_interval"))
     if window is None:
         return lines
@@ -113,13 +138,13 @@ def _truncation(entries: Any, found: Mapping[str, Any]) -> list[str]:
     return [*lines, f"No layer needs more than its nearest {window} keys{ends}."]
 
 
-def _cut(entries: Any, what: str, nothing: str, title: str) -> list[str]:
+def _cut(entries: Any, found: Mapping[str, Any], what: str, nothing: str, title: str) -> list[str]:
     """Levels with each of the contexts or windows, and changes against the last, the largest."""
-    lines = [f"{what:>8}{'bits/byte':>17}  loss change [95% interval]  {title}"]
+    unit, level = _unit(found)
+    lines = [f"{what:>8}{unit:>17}  loss change [95% interval]  {title}"]
     for entry in entries:
         change = f"({nothing})" if entry is entries[-1] else relative_change(entry)
-        bits = _or("{:.4f}".format, entry["bits_per_byte"])
-        lines.append(f"{entry[what]:>8}{bits:>17}  {change}")
+        lines.append(f"{entry[what]:>8}{level(entry):>17}  {change}")
     return lines
 
 

@@ -9,12 +9,20 @@ from alibi_jax.evaluation.bootstrap import FEW
 TOLERANCE = 0.01  # the loss holds while it is at most this fraction above the training length's
 
 
-class Level(TypedDict):
-    """A loss and its change against another; None: a number is not finite or not known."""
+class Loss(TypedDict):
+    """A loss; None: a number is not finite or not known."""
 
     nats_per_token: float | None
     interval: list[float] | None  # 95%, nats per token
-    bits_per_byte: float | None
+    perplexity: float | None  # exp(nats_per_token): per token, of a word-level tokenizer per word
+    bits_per_byte: float | None  # of the source text's own bytes
+    bits_per_byte_interval: list[float] | None  # 95%
+    bytes_per_token: float | None  # of these targets
+
+
+class Level(Loss):
+    """A loss and its change against another."""
+
     change: float | None  # against the other loss, nats per token
     change_interval: list[float] | None  # 95%, paired
     relative_change: float | None  # as a fraction of the other loss

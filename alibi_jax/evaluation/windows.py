@@ -1,7 +1,7 @@
 """The held-out tokens that every protocol scores: windows spread over documents."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,6 @@ import numpy as np
 from alibi_jax.errors import UserError
 
 _MIN_UNITS = 2  # fewer documents give no interval
-_CUT = 3  # bytes of a UTF-8 character without its first, or its last
 
 
 class TokenizedDocuments(Protocol):
@@ -19,6 +18,10 @@ class TokenizedDocuments(Protocol):
     @property
     def tokens(self) -> np.ndarray:
         """Token ids, int [total]."""
+
+    @property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes of the source text for which each token stands, int [total]."""
 
     @property
     def offsets(self) -> np.ndarray:
@@ -33,16 +36,32 @@ class Windows:
         tokens: int32 [N, longest + 1]; the first of each row is context only.
         document: int64 [N], which unit a window comes from; the bootstrap resamples these.
         unit: What such a unit is: "document", or "block" of the concatenated stream.
+        token_bytes: int64 [N, longest + 1], UTF-8 bytes of the source text for which each token
+            stands. Bits per byte of any targets are their nats, over ln 2, over their own bytes.
     """
 
     tokens: np.ndarray
     document: np.ndarray
     unit: str
+    token_bytes: np.ndarray
 
     @property
     def num_targets(self) -> int:
         """Number of tokens that are scored."""
         return self.tokens[:, 1:].size
+
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of the source text per target."""
+        return float(self.token_bytes[:, 1:].mean())
+
+    def unknown_bytes(self, unknown: int | None) -> float:
+        """Fraction of the targets' bytes for which a token stands that is not in the vocabulary.
+
+        Args:
+            unknown: `Tokenizer.unknown`.
+        """
+        num_bytes = self.token_bytes[:, 1:]
+        return float(num_bytes[self.tokens[:, 1:] == unknown].sum() / max(num_bytes.sum(), 1))
 
     @property
     def per_document(self) -> list[int]:
@@ -124,10 +143,15 @@ def longest_windows(
     starts = np.concatenate(
         [offsets[i] + longest * _spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
     )
-    tokens = np.stack([split.tokens[start : start + longest + 1] for start in starts])
+
+    def rows(of: np.ndarray, dtype: type) -> np.ndarray:
+        return np.stack([of[start : start + longest + 1] for start in starts]).astype(dtype)
+
+    unit = "document"
     if packing == "stream":
-        return Windows(tokens.astype(np.int32), _blocks(len(starts)), "block")
-    return Windows(tokens.astype(np.int32), document, "document")
+        document, unit = _blocks(len(starts)), "block"
+    tokens, token_bytes = rows(split.tokens, np.int32), rows(split.token_bytes, np.int64)
+    return Windows(tokens, document, unit, token_bytes)
 
 
 def _blocks(num_pieces: int) -> np.ndarray:
@@ -139,29 +163,6 @@ def _blocks(num_pieces: int) -> np.ndarray:
     Horowitz and Jing, Biometrika 82, 1995).
     """
     return np.arange(num_pieces) // math.floor(np.cbrt(num_pieces))
-
-
-def bytes_per_token(windows: Windows, decode: Callable[[np.ndarray], str]) -> float:
-    """Measure UTF-8 bytes per target of the windows, which turns nats per token into bits per byte.
-
-    A character that the edge of a window cuts cannot be decoded: neither its bytes count nor its
-    tokens.
-
-    Args:
-        windows: The windows that are scored.
-        decode: Text of token ids [n]; invalid UTF-8 becomes U+FFFD.
-    """
-    rows = [_whole_characters(row, decode) for row in windows.tokens[:, 1:]]
-    return sum(len(decode(row).encode()) for row in rows) / sum(map(len, rows))
-
-
-def _whole_characters(tokens: np.ndarray, decode: Callable[[np.ndarray], str]) -> np.ndarray:
-    """Leave out what an edge may cut off from a character: up to three tokens on either side."""
-    for _ in range(_CUT):
-        tokens = tokens[1:] if decode(tokens[: 2 * _CUT]).startswith("\ufffd") else tokens
-    for _ in range(_CUT):
-        tokens = tokens[:-1] if decode(tokens[-2 * _CUT :]).endswith("\ufffd") else tokens
-    return tokens
 
 
 def _unit(packing: str) -> str:

@@ -32,8 +32,6 @@ class Logs:
         *,
         start: int,
         num_steps: int,
-        bytes_per_token: float,
-        validation_bytes_per_token: float,
         clock: Clock,
         peak_seconds: float | None = None,
         bar: tqdm.tqdm | None = None,
@@ -63,8 +61,6 @@ class Logs:
         else:  # steps of earlier sessions took no time now
             bar.n, bar.initial = bar.n + start, bar.initial + start
         self._bar = bar
-        self._train_bits = 1.0 / (math.log(2.0) * bytes_per_token)  # per byte, of a nat per token
-        self._validation_bits = 1.0 / (math.log(2.0) * validation_bytes_per_token)
         self._clock, self._peak_seconds = clock, peak_seconds
         self._skipped = next((x["skipped"] for x in reversed(kept) if "skipped" in x), 0)
         self._begin_interval()
@@ -78,8 +74,9 @@ class Logs:
         values = {name: float(value) for name, value in metrics.items()}
         self._step_seconds.append(self._clock.lap())
         self._seconds += self._step_seconds[-1]
-        self._tokens += values.pop("tokens")
-        bits = values["loss"] * self._train_bits
+        tokens = values.pop("tokens")
+        self._tokens += tokens
+        bits = _bits_per_byte(values["loss"] * tokens, values.pop("bytes"))
         rates = {"tokens_per_second": self._tokens / max(self._seconds, 1e-9)}
         shown = f"loss {values['loss']:.3f}, {bits:.3f} bits/byte"
         shown += f", {rates['tokens_per_second']:,.0f} tokens/s"
@@ -100,9 +97,9 @@ class Logs:
             self._begin_interval()
         return values["loss"]
 
-    def validation(self, step: int, loss: float) -> None:
-        """Keeps a loss on validation data, in nats per token."""
-        bits = loss * self._validation_bits
+    def validation(self, step: int, nats: float, tokens: float, num_bytes: float) -> None:
+        """Keeps the loss of validation data: in all, of so many tokens and bytes of text."""
+        loss, bits = nats / max(tokens, 1.0), _bits_per_byte(nats, num_bytes)
         self._write(step, {"validation_loss": loss, "validation_bits_per_byte": bits}, "validation")
         self.note(f"step {step}: validation loss {loss:.4f} ({bits:.4f} bits/byte)")
 
@@ -128,6 +125,11 @@ class Logs:
             file.write(json.dumps({"step": step} | finite) + "\n")
         scalars = {f"{group}/{name}": value for name, value in values.items()}
         events.append(self._events, step, scalars)
+
+
+def _bits_per_byte(nats: float, num_bytes: float) -> float:
+    """Of the source text's own bytes; nan where targets have none."""
+    return nats / (math.log(2.0) * num_bytes) if num_bytes else math.nan
 
 
 def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:

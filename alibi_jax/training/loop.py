@@ -84,7 +84,7 @@ def lower_step(config: Config, mesh: Mesh) -> LoweredStep:
     sharding = NamedSharding(mesh, partition)
     shape = (config.data.batch_size, config.data.sequence_length + 1)
     ids = jax.ShapeDtypeStruct(shape, np.int32, sharding=sharding)
-    batch: Any = {"tokens": ids, "segment_ids": ids}
+    batch: Any = {"tokens": ids, "segment_ids": ids, "token_bytes": ids}
     lowered = step.lower(abstract, batch)
     return LoweredStep(graphdef, optimizer, abstract, batch, sharding, lowered)
 
@@ -101,7 +101,8 @@ def compile_program(config: Config, mesh: Mesh) -> Program:
     loss_fn = make_loss_fn(lowered.graphdef)
     if config.training.validate_every:
         # A call of this shape finds it.
-        loss_fn.lower(lowered.state.params, *lowered.batch.values()).compile()
+        tokens, segment_ids = lowered.batch["tokens"], lowered.batch["segment_ids"]
+        loss_fn.lower(lowered.state.params, tokens, segment_ids).compile()
 
     def init() -> TrainState:
         return init_state(config.model, lowered.optimizer, config.training.seed, mesh)[1]
@@ -186,8 +187,6 @@ def train(
             directory,
             start=start,
             num_steps=training.num_steps,
-            bytes_per_token=corpus.train.bytes_per_token(config.data.packing),
-            validation_bytes_per_token=corpus.valid.bytes_per_token(config.data.packing),
             clock=clock,
             peak_seconds=_peak_seconds(config),
             bar=bar,
@@ -229,7 +228,7 @@ def train(
                     pending = None
                 if validation_due:
                     with clock.spend("validation"):
-                        logs.validation(step, validate(state.params))
+                        logs.validation(step, *validate(state.params))
                 if due:
                     with clock.spend("checkpoint"):
                         saver.save(step, state, batches.get_state())
@@ -258,18 +257,22 @@ def _stream(config: Config, split: data.TokenizedSplit, sharding: NamedSharding 
     )
 
 
-def _validation(config: Config, corpus: data.Corpus, program: Program) -> Callable[[Params], float]:
-    """The mean loss of the same few validation batches, in nats per token."""
+def _validation(
+    config: Config, corpus: data.Corpus, program: Program
+) -> Callable[[Params], tuple[float, float, float]]:
+    """Nats of the same few validation batches, and of how many targets and bytes they are."""
 
-    def validate(params: Params) -> float:
+    def validate(params: Params) -> tuple[float, float, float]:
         stream = _stream(config, corpus.valid, program.batch_sharding)
-        nats = targets = 0.0
+        sums = np.zeros(3)
         for index in range(config.training.validation_batches):
             batch = to_devices(stream[index], program.batch_sharding, config.data.batch_size)
             losses = to_host(program.loss_fn(params, batch["tokens"], batch["segment_ids"]))
             mask = to_host(target_mask(batch["segment_ids"]))
-            nats, targets = nats + float((losses * mask).sum()), targets + float(mask.sum())
-        return nats / max(targets, 1.0)
+            token_bytes = to_host(batch["token_bytes"])[:, 1:]
+            sums += [(mask * of_targets).sum() for of_targets in (losses, 1.0, token_bytes)]
+        nats, targets, num_bytes = sums.tolist()
+        return nats, targets, num_bytes
 
     return validate
 

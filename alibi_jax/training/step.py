@@ -8,11 +8,11 @@ import optax
 from flax import nnx
 
 from alibi_jax.sharding import spec
-from alibi_jax.training.loss import summed_loss
+from alibi_jax.training.loss import summed_loss, target_mask
 from alibi_jax.training.state import Params, TrainState
 from alibi_jax.typing import Array, Float, Int
 
-Batch = dict[str, Int[Array, "B T+1"]]  # "tokens" and "segment_ids"
+Batch = dict[str, Int[Array, "B T+1"]]  # "tokens", "segment_ids" and "token_bytes"
 Metrics = dict[str, Float[Array, ""]]
 
 
@@ -31,7 +31,8 @@ def make_train_step(
 
     The loss is the mean over all target tokens of the batch, whatever the number of microbatches
     and however targets are spread over them. Metrics are float32 scalars: loss (nats per token),
-    grad_norm (before clipping), learning_rate and tokens (targets in the batch).
+    grad_norm (before clipping), learning_rate, tokens (targets in the batch) and bytes (of the text
+    for which these stand).
 
     With `skip_nonfinite` a step whose loss or grad_norm is not finite leaves parameters and
     optimizer as they were; the step's number and the learning rate's schedule move on. The metric
@@ -46,7 +47,9 @@ def make_train_step(
         tokens, segment_ids = batch["tokens"], batch["segment_ids"]
         ids = None if one_segment else segment_ids[:, :-1]
         losses = model.token_losses(tokens[:, :-1], tokens[:, 1:], segment_ids=ids, key=key)
-        return summed_loss(losses, segment_ids, z_loss)
+        total, sums = summed_loss(losses, segment_ids, z_loss)
+        num_bytes = target_mask(segment_ids) * batch["token_bytes"][:, 1:].astype(jnp.float32)
+        return total, sums | {"bytes": jnp.sum(num_bytes)}
 
     def gradients(params: Params, batch: Batch, key: jax.Array | None):
         (_, sums), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, batch, key)
@@ -64,7 +67,7 @@ def make_train_step(
         def add(total, microbatch):
             return jax.tree.map(jnp.add, total, gradients(params, *microbatch)), None
 
-        zeros = (jax.tree.map(jnp.zeros_like, params), {"nats": 0.0, "tokens": 0.0})
+        zeros = (jax.tree.map(jnp.zeros_like, params), {"nats": 0.0, "tokens": 0.0, "bytes": 0.0})
         return jax.lax.scan(add, zeros, (microbatches, keys))[0]
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -82,6 +85,7 @@ def make_train_step(
             "grad_norm": optax.tree.norm(grads),
             "learning_rate": learning_rate,
             "tokens": sums["tokens"],
+            "bytes": sums["bytes"],
         }
         if skip_nonfinite:
             finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])

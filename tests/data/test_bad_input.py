@@ -3,14 +3,19 @@
 import gzip
 import json
 import lzma
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 import tokenizers
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 
-from alibi_jax.data import DataConfig, load_corpus, sources
+from alibi_jax.data import DataConfig, files, load_corpus, sources
 from alibi_jax.errors import UserError
 from tests.disks import disk as disk
 
@@ -21,7 +26,7 @@ def refused(config, words):
     with pytest.raises(UserError) as caught:
         load_corpus(config)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 500
+    assert "\n" not in message and len(message) < (5500 if "1" * 5000 in message else 600)
     assert re.search(words, message), message
 
 
@@ -34,8 +39,14 @@ CONFIGS = [
     ({"source": ""}, "source='' is not known"),
     ({"source": "files:"}, "names nothing"),
     ({"source": "tfds:"}, "names nothing; write for instance 'tfds:tiny_shakespeare'"),
+    ({"source": "x" * 300}, "source='x+' is no path that can be used: File name too long"),
+    ({"source": "~no_such_user/a.txt"}, "'~no_such_user/a.txt' is no path .*home directory"),
     ({"source": "."}, r"is a path; write 'files:\.'"),
-    ({"tokenizer": "bpe:256"}, "'bpe:256' is not 'bpe:VOCAB_SIZE' .* at least 257"),
+    ({"tokenizer": "bpe:256"}, "'bpe:256' is not 'bpe:VOCAB_SIZE' .* from 257 to"),
+    ({"tokenizer": "bpe:100000000"}, "whole number from 257 to 2097152"),
+    ({"tokenizer": f"words:{'1' * 5000}"}, "whole number from 3 to 2097152"),
+    ({"tokenizer": "x" * 300}, "no path that can be used: File name too long"),
+    ({"tokenizer": "~no_such_user/tokenizer.json"}, "no path .*home directory"),
     ({"tokenizer": "bpe:8k"}, "'bpe:8k' is not 'bpe:VOCAB_SIZE'"),
     ({"tokenizer": "bpe:"}, "write for instance 'bpe:8192'"),
     ({"tokenizer": "byte"}, "'byte' is neither .*did you mean 'bytes'"),
@@ -81,6 +92,14 @@ FILES = [
         gzip.compress(b"text " * 999, mtime=0)[:30] + b"\xff" * 30,
         "not a whole .gz file",
     ),
+    ("a.txt.gz", b"", "a.txt.gz: the file is cut off"),
+    ("a.txt.xz", b"", "a.txt.xz: the file is cut off"),
+    ("a.txt.zst", b"", "a.txt.zst: the file is cut off"),
+    ("a.txt.gz", gzip.compress(b"text " * 99) + b"damaged", "not a whole .gz file"),
+    ("a.txt.xz", lzma.compress(b"text " * 99) + b"damaged", "not a whole .xz file"),
+    ("a.txt.xz", 2 * lzma.compress(b"text " * 99)[:-9], "not a whole .xz file"),
+    ("a.txt.xz", (2 * lzma.compress(b"text " * 99))[:-9], "the file is cut off"),
+    ("a.txt.zst", zstandard.compress(b"text " * 99) + b"damaged", "not a whole .zst file"),
     ("a.txt", b"", "no text is left for the split 'train'"),
     ("a.txt", b" \n\t", "no text is left"),
     ("a.jsonl", b"\n\n", "no text is left"),
@@ -101,6 +120,64 @@ def test_no_match(tmp_path):
 
 def test_folder(tmp_path):
     refused(DataConfig(source=f"files:{tmp_path}/"), "is a folder; give a glob.*/\\*\\*/\\*.txt'")
+
+
+@pytest.mark.parametrize("source", ["stdlib", "files:{}/*.txt"])
+def test_text_field_where_there_are_no_fields(tmp_path, source):
+    (tmp_path / "a.txt").write_text("text")
+    refused(
+        DataConfig(source=source.format(tmp_path), text_field="nonsense"),
+        "text_field='nonsense': source .* has no fields, .*leave it out",
+    )
+
+
+def test_no_home(monkeypatch):
+    def no_home(path):
+        raise RuntimeError("Could not determine home directory.")  # as where $HOME is not set
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
+    refused(DataConfig(), "cache_dir='~/.cache' is no path .*Could not determine home directory")
+
+
+def test_files_are_utf8_in_any_locale(tmp_path):
+    program = "import pathlib, sys; from alibi_jax.data import tokenizers as t; "
+    program += "path = pathlib.Path(sys.argv[1]); t.train_bpe(iter(['\\xe9']), 257, path); "
+    program += "t.load_tokenizer_file(path)"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", program, str(tmp_path / "tokenizer.json")]
+    done = subprocess.run(
+        command, env=os.environ | ascii_only, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@given(st.lists(st.text(alphabet="aé ", max_size=9), min_size=1), st.integers(1, 5))
+def test_lines_of_any_length(lines, chunk):
+    """Whatever pieces a file comes in, and it need not end with the end of a line."""
+    data = "\n".join(lines).encode()
+    with pytest.MonkeyPatch.context() as patch:
+        chunks = [data[i : i + chunk] for i in range(0, len(data), chunk)]
+        patch.setattr(files, "_chunks", lambda path: iter(chunks))
+        assert list(files._lines(None)) == data.splitlines(keepends=True) + (
+            [b""] if data[-1:] in (b"", b"\n") else []
+        )
+
+
+def test_long_integers_beside_the_text_do_not_matter(tmp_path):
+    line = b'{"id": %s, "text": "some text"}\n' % (b"7" * 5000)
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.jsonl").write_bytes(line)
+    source = f"files:{tmp_path}/{{split}}.jsonl"
+    assert load_corpus(DataConfig(source=source, cache_dir=str(tmp_path))).train.num_bytes == 9
+
+
+def test_a_size_that_the_text_does_not_give_is_said(tmp_path, caplog):
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("a b c")
+    source = f"files:{tmp_path}/{{split}}.txt"
+    load_corpus(DataConfig(source=source, tokenizer="words:1000", cache_dir=str(tmp_path)))
+    assert "words:1000: the text gives 5 tokens only" in caplog.text
 
 
 def test_missing_split(tmp_path):
@@ -185,6 +262,20 @@ def test_tokenizer_file(tmp_path, content, words):
             source=f"files:{tmp_path}/*.txt", tokenizer=str(path), cache_dir=str(tmp_path / "cache")
         ),
         words,
+    )
+
+
+def test_a_tokenizer_without_a_token_for_some_text(tmp_path):
+    vocabulary = tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="<unk>")
+    tokenizers.Tokenizer(vocabulary).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "a.txt").write_text("b" * 100)
+    refused(
+        DataConfig(
+            source=f"files:{tmp_path}/*.txt",
+            tokenizer=str(tmp_path / "tokenizer.json"),
+            cache_dir=str(tmp_path / "cache"),
+        ),
+        "has no token for some of the text .*give it one for unknown words",
     )
 
 

@@ -1,5 +1,6 @@
 """The cache holds the very documents, is reused, and is never believed when damaged."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -33,6 +34,11 @@ def texts_of(loaded):
             loaded.tokenizer.decode(tokenized.document(i)) for i in range(tokenized.num_documents)
         ]
     return decoded
+
+
+def bytes_of_documents(tokenized):
+    starts, stops = tokenized.offsets[:-1], tokenized.offsets[1:]
+    return [int(tokenized.token_bytes[a:b].sum()) for a, b in zip(starts, stops, strict=True)]
 
 
 def write_jsonl(folder, open_file=open, suffix=""):
@@ -71,11 +77,42 @@ def test_tokens_decode_to_the_documents(tmp_path, suffix, open_file, tokenizer):
         assert (tokenized.tokens == loaded.tokenizer.separator).sum() == len(ends)
         text = "".join([*TEXTS[split], TEXTS[split][0]])
         assert tokenized.num_bytes == len(text.encode())
-        within = sum(len(tokenized.document(i)) - 1 for i in range(tokenized.num_documents))
-        assert tokenized.bytes_per_token("documents") == tokenized.num_bytes / within
-        assert tokenized.bytes_per_token("stream") == tokenized.num_bytes / (
-            len(tokenized.tokens) - 1
-        )
+        assert bytes_of_documents(tokenized) == [
+            len(text.encode()) for text in (*TEXTS[split], TEXTS[split][0])
+        ]
+        # These tokenizers leave nothing out, and nothing for the separators.
+        separators = tokenized.tokens == loaded.tokenizer.separator
+        assert not tokenized.token_bytes[separators].any()
+
+
+def test_bytes_of_words_are_those_of_the_source(tmp_path):
+    """White space counts with the word after it, at the end with what ends the document."""
+    texts = {"train": "a  é c\n é", "valid": " \t a zebra \n ", "test": f"a {'x' * 70_000} a\n"}
+    for split, text in texts.items():
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    source = f"files:{tmp_path}/{{split}}.txt"
+    loaded = load_corpus(config(tmp_path, source=source, tokenizer="words:5"))
+    assert loaded.tokenizer.word_level and loaded.tokenizer.unknown == 0
+    #            [    a  é  c \n  é  ]
+    assert loaded.train.token_bytes.tolist() == [0, 1, 4, 2, 1, 3, 0]
+    #            [    a  ? \n  ]
+    assert loaded.valid.token_bytes.tolist() == [0, 4, 6, 2, 1]
+    assert loaded.valid.tokens.tolist()[1:4] == [3, 0, 2]
+    assert loaded.test.token_bytes.tolist() == [0, 1, 70_001, 2, 1, 0]
+    for split, dtype in (("train", np.uint8), ("test", np.uint32)):
+        tokenized = getattr(loaded, split)
+        assert tokenized.token_bytes.dtype == dtype
+        assert tokenized.num_bytes == len(texts[split].encode())
+
+
+def test_pieces_without_tokens_leave_their_bytes_to_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "PIECE_LENGTH", 50)
+    text = "a" + " " * 500 + "a" + "\t" * 700
+    for split in SPLITS:
+        (tmp_path / f"{split}.txt").write_text(text, encoding="utf-8")
+    source = f"files:{tmp_path}/{{split}}.txt"
+    loaded = load_corpus(config(tmp_path, source=source, tokenizer="words:5"))
+    assert loaded.train.token_bytes.tolist() == [0, 1, 501, 700]
 
 
 def test_text_files_and_frames(tmp_path, monkeypatch):
@@ -148,6 +185,7 @@ def test_moving_the_files_changes_nothing(tmp_path):
         ("valid.tokens", lambda path: path.write_bytes(path.read_bytes()[:-1])),
         ("test.tokens", lambda path: path.unlink()),
         ("train.tokens", lambda path: path.write_bytes(b"")),
+        ("train.bytes", lambda path: path.write_bytes(path.read_bytes()[:-1])),
         ("valid.offsets.npy", lambda path: path.write_bytes(path.read_bytes()[:-8])),
         ("meta.json", lambda path: path.write_text("{")),
         ("meta.json", lambda path: path.write_text("[]")),
@@ -180,6 +218,15 @@ def test_interrupted_tokenizing_leaves_nothing(jsonl, tmp_path, monkeypatch, err
         load_corpus(jsonl)
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []
     load_corpus(jsonl)
+
+
+def test_a_closed_screen_is_not_taken_for_a_full_disk(jsonl, monkeypatch):
+    def closed(*_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(corpus, "_tokenize", closed)
+    with pytest.raises(BrokenPipeError):
+        load_corpus(jsonl)
 
 
 def test_a_faster_process_wins(jsonl, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import itertools
 import string
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,18 +21,31 @@ def split_up(texts):
 
 @given(st.lists(st.text(alphabet="ab \n\té"), max_size=20), st.integers(1, 8))
 def test_bounded_pieces_are_the_document(pieces, length):
-    given_length, documents.PIECE_LENGTH = documents.PIECE_LENGTH, length
-    try:
-        cut = list(bounded_pieces(pieces))
-    finally:
-        documents.PIECE_LENGTH = given_length
-    assert "".join(cut) == "".join(pieces)
-    assert all(0 < len(piece) <= length for piece in cut)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE_LENGTH", length)
+        patch.setattr(documents, "_CONTEXT", 1)
+        anywhere, at_words = (
+            list(bounded_pieces(pieces, may_cut)) for may_cut in (None, lambda *_: True)
+        )
+    assert "".join(anywhere) == "".join(at_words) == "".join(pieces)
+    assert all(0 < len(piece) <= length + 1 for piece in anywhere)
+    assert all(piece[0].isspace() for piece in at_words[1:])
 
 
 def test_pieces_are_cut_before_a_space_after_a_word(monkeypatch):
     monkeypatch.setattr(documents, "PIECE_LENGTH", 12)
-    assert list(bounded_pieces(["one two   three four"])) == ["one two", "   three", " four"]
+    monkeypatch.setattr(documents, "_CONTEXT", 2)
+    text = "one two   three four five"
+    asked = []
+
+    def not_after_two(before, after):
+        asked.append((before, after))
+        return before != "wo"
+
+    assert list(bounded_pieces([text], lambda *_: True)) == ["one two", "   three", " four five"]
+    assert list(bounded_pieces([text], not_after_two)) == ["one", " two   three", " four five"]
+    assert asked == [("wo", "  "), ("ne", " t"), ("ee", " f")]
+    assert list(bounded_pieces([text], lambda *_: False)) == [text]
 
 
 def test_many_documents_are_split_by_content():

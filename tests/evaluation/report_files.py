@@ -7,6 +7,7 @@ import math
 import numpy as np
 
 from alibi_jax.config import Config
+from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.evaluation import Windows, summarize, write_json
 from alibi_jax.models import DecoderConfig
 
@@ -26,15 +27,14 @@ def summary(growth=0.0, lengths=(16, 32, 64), num_documents=4):
         length: (level * (1 + growth * math.log2(length / lengths[0]))).astype(np.float32)
         for length in lengths
     }
-    windows = Windows(
-        np.zeros((8, lengths[-1] + 1), np.int32), np.arange(8) % num_documents, "document"
-    )
+    tokens = np.zeros((8, lengths[-1] + 1), np.int32)
+    windows = Windows(tokens, np.arange(8) % num_documents, "document", np.ones_like(tokens))
     return summarize(
         losses,
         windows,
         train_length=lengths[0],
         num_targets=8,
-        bytes_per_token=1.0,
+        tokenizer=ByteTokenizer(),
         num_bootstrap=100,
     )
 

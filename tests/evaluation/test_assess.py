@@ -36,6 +36,11 @@ class Split:
     tokens: np.ndarray
     offsets: np.ndarray
 
+    @property
+    def token_bytes(self):
+        """One a token."""
+        return np.ones_like(self.tokens)
+
 
 def split_of(*lengths):
     rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation.compare_figure import comparison_figure, drawn
 from alibi_jax.evaluation.compare_statistics import p_value, t_interval
@@ -23,12 +24,18 @@ DOCUMENT = np.array([0, 0, 0, 1, 1, 2, 3, 4, 5, 5])
 
 def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32):
     """A finished run whose loss at each length is the text's own plus a level."""
-    windows = Windows(np.zeros((10, 65), np.int32), documents, "document")
+    tokens = np.zeros((10, 65), np.int32)
+    windows = Windows(tokens, documents, "document", np.full_like(tokens, 2))
     losses = {
         length: TEXT + np.float32(level) for length, level in zip(lengths, levels, strict=True)
     }
     evaluation = summarize_run(
-        losses, windows, train_length=16, num_targets=8, bytes_per_token=2.0, num_bootstrap=200
+        losses,
+        windows,
+        train_length=16,
+        num_targets=8,
+        tokenizer=ByteTokenizer(),
+        num_bootstrap=200,
     )
     evaluation["left_out"] = []
     evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None, "warning": None}
@@ -77,6 +84,7 @@ def test_levels_and_paired_differences_are_those_planted(comparison, protocol):
         assert entry["interval"] == pytest.approx(t_interval(text + shifts + gains), rel=1e-5)
         bits = entry["nats_per_token"] / math.log(2) / 2.0
         assert entry["bits_per_byte"] == pytest.approx(bits)
+        assert math.log(entry["perplexity"]) == pytest.approx(entry["nats_per_token"])
         assert np.mean(entry["bits_per_byte_seeds"]) == pytest.approx(bits)
         assert entry["difference_seeds"] == pytest.approx(gains, abs=1e-6)
         assert entry["difference_interval"] == pytest.approx(t_interval(gains), abs=1e-5)

@@ -12,6 +12,12 @@ def test_defaults_are_valid_at_128_tokens():
     assert EvaluationConfig().lengths(128) == (128, 256, 512, 1024, 2048, 4096)
 
 
+def test_a_training_length_without_context_is_refused():
+    with pytest.raises(UserError, match="sequence_length=1: must be at least 2"):
+        EvaluationConfig(multiples=(1,), num_targets=1).validate(1)
+    EvaluationConfig(multiples=(1,), num_targets=1).validate(2)
+
+
 def test_windows_in_chunks_may_be_longer_than_what_is_computed_at_once():
     EvaluationConfig(tokens_per_batch=128).validate(128, whole_windows=False)
     with pytest.raises(UserError, match="training length, 128"):

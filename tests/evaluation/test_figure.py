@@ -7,6 +7,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.evaluation import Windows, extrapolation_figure, summarize
 from alibi_jax.evaluation.assess import PROTOCOLS
 from alibi_jax.evaluation.panels import evaluation_figure
@@ -17,13 +18,14 @@ from tests.evaluation.test_assess import evaluate
 def summary_of(losses, num_documents=4):
     rng = np.random.default_rng(0)
     level = rng.gamma(3, size=(8, 64)).astype(np.float32)
-    windows = Windows(np.zeros((8, 65), np.int32), np.arange(8) % num_documents, "document")
+    tokens = np.zeros((8, 65), np.int32)
+    windows = Windows(tokens, np.arange(8) % num_documents, "document", np.ones_like(tokens))
     return summarize(
         {length: level + change for length, change in losses.items()},
         windows,
         train_length=16,
         num_targets=8,
-        bytes_per_token=1.0,
+        tokenizer=ByteTokenizer(),
         num_bootstrap=100,
     )
 

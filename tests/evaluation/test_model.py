@@ -102,7 +102,8 @@ def sampled(request):
     tokens = jnp.zeros((12, 129), jnp.int32)
     for index in range(1, 129):
         tokens = draw(tokens, index, jax.random.fold_in(jax.random.key(0), index))
-    windows = Windows(np.asarray(tokens), np.arange(12), "document")
+    tokens = np.asarray(tokens)
+    windows = Windows(tokens, np.arange(12), "document", np.ones_like(tokens))
     return num_layers, reach, make_scorer(decoder, 512).losses, windows
 
 

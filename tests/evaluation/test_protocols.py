@@ -7,11 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file, train_bpe
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import (
     Windows,
-    bytes_per_token,
     evaluate,
     longest_windows,
     supported_lengths,
@@ -28,6 +26,11 @@ class Split:
     tokens: np.ndarray
     offsets: np.ndarray
 
+    @property
+    def token_bytes(self):
+        """As many bytes as a token's own number, to tell them apart."""
+        return self.tokens
+
 
 def split_of(*lengths):
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -43,6 +46,7 @@ def test_windows_are_runs_of_tokens_inside_one_document():
     windows = longest_windows(split, longest=20, num_windows=100, packing="documents")
     assert windows.tokens.dtype == np.int32
     np.testing.assert_array_equal(np.diff(windows.tokens, axis=1), 1)
+    np.testing.assert_array_equal(windows.token_bytes, windows.tokens)
     for row, document in zip(windows.tokens, windows.document, strict=True):
         assert split.offsets[document] <= row[0]
         assert row[-1] < split.offsets[document + 1]
@@ -236,28 +240,9 @@ def test_each_length_compiles_once_and_bounds_the_batch(batch_multiple):
     assert shapes == [(rows, n + 1) for rows, n in zip(expected, (16, 32, 64), strict=True)]
 
 
-@pytest.mark.parametrize("length", [16, 17, 18, 19])
-@pytest.mark.parametrize("character", ["a", "é", "€", "𝄞", "a€b𝄞", "a\ufffd"])
-def test_a_byte_is_a_byte_wherever_windows_cut_a_character(length, character):
-    tokens = ByteTokenizer().encode_batch([200 * character])[0]
-    rows = np.lib.stride_tricks.sliding_window_view(tokens, length + 1).astype(np.int32)
-    for row in rows[:16]:  # from every byte of a character
-        windows = Windows(row[None], np.zeros(1, np.int64), "document")
-        assert bytes_per_token(windows, ByteTokenizer().decode) == 1
-
-
-def test_bytes_per_token_are_those_of_the_text_and_separators_have_none(tmp_path):
-    text = "the key is ålså 12 34 the the ab " * 9
-    train_bpe(iter([text]), 280, tmp_path / "bpe.json")
-    bpe = load_tokenizer_file(tmp_path / "bpe.json")
-    ids = bpe.encode_batch([text])[0]
-    row = np.array([bpe.separator, *ids, bpe.separator], np.int32)[None]
-    windows = Windows(row, np.zeros(1, np.int64), "document")
-    assert bytes_per_token(windows, bpe.decode) == len(text.encode()) / (len(ids) + 1)
-
-
 def test_few_tiles_do_not_make_a_large_batch():
-    windows = Windows(np.zeros((1, 9), np.int32), np.zeros(1, np.int64), "document")
+    tokens = np.zeros((1, 9), np.int32)
+    windows = Windows(tokens, np.zeros(1, np.int64), "document", tokens)
     shapes = []
 
     def loss_fn(tokens):

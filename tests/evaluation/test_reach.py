@@ -34,7 +34,8 @@ def test_keys_have_intervals_as_wide_as_few_documents_need():
     """Half the attention of a head is on keys that differ from text to text."""
     share = np.array([0.5, 0.6, 0.7, 0.8])
     mass = np.stack([share, 1 - share], axis=1)  # at distances [0, 8) and [8, 16)
-    windows = Windows(np.zeros((4, 17), np.int32), np.arange(4), "document")
+    tokens = np.zeros((4, 17), np.int32)
+    windows = Windows(tokens, np.arange(4), "document", np.ones_like(tokens))
     found = attention_mass(
         lambda rows, edges, count: np.concatenate(
             [np.zeros((4, len(edges) - 1)), mass], axis=1, dtype=np.float32

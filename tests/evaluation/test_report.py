@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.evaluation import Windows, evaluate, summarize, table, versions, write_json
 
 LENGTHS = (16, 32, 64, 128)
 NUM_TARGETS = 8
-BYTES_PER_TOKEN = 3.5
 
 
 def windows_of(num_documents=10, per_document=2):
@@ -20,7 +20,8 @@ def windows_of(num_documents=10, per_document=2):
     # Documents differ in the tokens that they use, so in their loss.
     low = rng.integers(0, 50, num_documents)[document][:, None]
     tokens = low + rng.integers(0, 50, (len(document), LENGTHS[-1] + 1))
-    return Windows(tokens.astype(np.int32), document, "document")
+    token_bytes = rng.integers(0, 9, tokens.shape)
+    return Windows(tokens.astype(np.int32), document, "document", token_bytes)
 
 
 def unigram(tokens):
@@ -61,7 +62,7 @@ def report(loss_fn, windows=None, lengths=LENGTHS):
         windows,
         train_length=lengths[0],
         num_targets=NUM_TARGETS,
-        bytes_per_token=BYTES_PER_TOKEN,
+        tokenizer=ByteTokenizer(),
         num_bootstrap=500,
     )
 
@@ -74,16 +75,42 @@ def test_losses_that_no_context_changes_equal_numpy_by_hand():
     windows = windows_of()
     summary = report(unigram, windows)
     nats = 1 + windows.tokens[:, 1:].astype(np.float64) / 50
-    for name, values in (("nonoverlapping", nats), ("fixed_targets", nats[:, -NUM_TARGETS:])):
+    assert summary["bytes_per_token"] == windows.token_bytes[:, 1:].mean()
+    for name, count in (("nonoverlapping", nats.shape[1]), ("fixed_targets", NUM_TARGETS)):
+        values, num_bytes = nats[:, -count:], windows.token_bytes[:, -count:].sum()
         for entry in summary["protocols"][name]:
             assert entry["nats_per_token"] == pytest.approx(values.mean(), rel=1e-6)
-            assert entry["bits_per_byte"] == pytest.approx(
-                values.mean() / math.log(2) / BYTES_PER_TOKEN, rel=1e-6
-            )
+            # Each protocol has the bytes of its own targets.
+            bits = values.sum() / math.log(2) / num_bytes
+            assert entry["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+            assert entry["bits_per_byte_interval"][0] < bits < entry["bits_per_byte_interval"][1]
+            assert entry["bytes_per_token"] == num_bytes / values.size
+            assert entry["perplexity"] == pytest.approx(math.exp(values.mean()), rel=1e-6)
             low, high = entry["interval"]
             assert low < values.mean() < high
             assert entry["change"] == entry["relative_change"] == 0
             assert entry["change_interval"] == entry["relative_change_interval"] == [0, 0]
+
+
+def test_the_share_of_bytes_that_no_word_stands_for():
+    windows = windows_of()
+    assert windows.unknown_bytes(None) == 0
+    pairs = zip(windows.tokens[:, 1:].ravel(), windows.token_bytes[:, 1:].ravel(), strict=True)
+    known = sum(int(num_bytes) for token, num_bytes in pairs if token != 60)
+    share = 1 - known / windows.token_bytes[:, 1:].sum()
+    assert windows.unknown_bytes(60) == pytest.approx(share) and 0 < share < 0.1
+
+
+def test_words_have_a_perplexity():
+    """That of WikiText: exp of all nats over all words, the ends of lines among them."""
+    summary = report(unigram) | {"word_level": True, "unknown_bytes": 0.125}
+    losses = 1 + windows_of().tokens[:, 1:].astype(np.float64) / 50
+    perplexity = math.exp(losses.sum() / losses.size)
+    lines = table(summary).splitlines()
+    assert lines[1].split().count("ppl") == 2 and "bits/byte" not in lines[1]
+    assert lines[2].split()[2] == f"{perplexity:.2f}"
+    assert "12.5% of the bytes are of what the vocabulary lacks" in table(summary)
+    assert "vocabulary" not in table(report(unigram))
 
 
 def test_fewer_early_tokens_are_no_gain_from_longer_context():

@@ -12,6 +12,8 @@ def table_of(protocols, **verdict):
             "num_windows": 3,
             "num_documents": 3,
             "unit": "document",
+            "unknown_bytes": 0.0,
+            "word_level": False,
             "verdict": {"text": "Nothing.", "warning": None, **verdict},
         }
     )

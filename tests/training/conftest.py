@@ -87,7 +87,8 @@ def make_batch():
         if padding:  # row i keeps fewer and fewer tokens; the last rows keep none
             kept = np.maximum(length + 1 - 3 * np.arange(batch), 0)
             segment_ids[np.arange(length + 1)[None] >= kept[:, None]] = 0
-        return {"tokens": tokens, "segment_ids": segment_ids}
+        token_bytes = rng.integers(0, 9, tokens.shape, dtype=np.int32)
+        return {"tokens": tokens, "segment_ids": segment_ids, "token_bytes": token_bytes}
 
     return make
 

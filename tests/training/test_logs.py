@@ -12,8 +12,9 @@ from alibi_jax.training.logs import Logs
 from tests.disks import disk as disk
 
 
-def metrics(loss=2.0, tokens=100.0):
-    values = {"loss": loss, "grad_norm": 0.5, "learning_rate": 1e-3, "tokens": tokens}
+def metrics(loss=2.0, tokens=100.0, num_bytes=200.0):
+    values = {"loss": loss, "grad_norm": 0.5, "learning_rate": 1e-3}
+    values |= {"tokens": tokens, "bytes": num_bytes}
     return {name: np.float32(value) for name, value in values.items()}
 
 
@@ -22,8 +23,6 @@ def open_logs(folder, start=0, num_steps=10, clock=None, peak_seconds=None):
         folder,
         start=start,
         num_steps=num_steps,
-        bytes_per_token=2.0,
-        validation_bytes_per_token=4.0,
         clock=Clock() if clock is None else clock,
         peak_seconds=peak_seconds,
     )
@@ -72,7 +71,7 @@ def test_values(tmp_path):
     logs = open_logs(tmp_path)
     assert logs.train(1, metrics(loss=3.0), write=False) == 3.0
     assert logs.train(2, metrics(loss=2.0), write=True) == 2.0
-    logs.validation(2, 1.0)
+    logs.validation(2, 50.0, 50.0, 200.0)
     train, validation = lines(tmp_path)  # not closed: a kill loses nothing
     assert train.keys() == {
         "step",
@@ -116,7 +115,7 @@ def test_times(tmp_path, capsys):
             logs.train(step, metrics(tokens=100.0), write=step % 2 == 0)
             with clock.spend("validation"):
                 now += 100.0
-                logs.validation(step, 1.0)
+                logs.validation(step, 1.0, 1.0, 1.0)
     logs.close()
     first, second = (line for line in lines(tmp_path) if "loss" in line)
     assert first["tokens_per_second"] == pytest.approx(200.0 / 3.0)
@@ -213,7 +212,7 @@ def test_lines_that_are_not_ours(tmp_path):
 def test_metrics_are_strict_json(tmp_path):
     logs = open_logs(tmp_path)
     assert math.isnan(logs.train(1, metrics(loss=math.nan), write=True))
-    logs.validation(1, math.inf)
+    logs.validation(1, math.inf, 1.0, 1.0)
     logs.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text

@@ -43,7 +43,8 @@ class FakeRun:
             self.before(int(state.step) + 1)
             with jax.set_mesh(mesh):
                 state = update(state, jax.sharding.reshard(batch["tokens"], replicated))
-            values = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1, "tokens": 128.0}
+            values = {"loss": 2.0, "grad_norm": 1.0, "learning_rate": 0.1}
+            values |= {"tokens": 128.0, "bytes": 128.0}
             values |= self.metrics.get(int(state.step), {})
             return state, {name: np.float32(value) for name, value in values.items()}
 

@@ -50,7 +50,8 @@ def compiled(skip_nonfinite):
         )
         sharding = NamedSharding(mesh, spec("batch", None))
         ids = jax.ShapeDtypeStruct((8, 17), np.int32, sharding=sharding)
-        program = step.lower(state, {"tokens": ids, "segment_ids": ids}).compile()
+        batch = dict.fromkeys(("tokens", "segment_ids", "token_bytes"), ids)
+        program = step.lower(state, batch).compile()
     embedding = np.array(state.params["embedding"])
     embedding[BAD] = np.inf
     params = state.params | {
@@ -71,7 +72,8 @@ class Run:
         """Takes a step on a batch of its own; gives its metrics."""
         tokens = np.random.default_rng(seed).integers(0, BAD, (8, 17), dtype=np.int32)
         tokens[3, 5] = BAD if bad else tokens[3, 5]
-        batch = {"tokens": tokens, "segment_ids": np.ones_like(tokens)}
+        ones = np.ones_like(tokens)
+        batch = {"tokens": tokens, "segment_ids": ones, "token_bytes": ones}
         with jax.set_mesh(self.mesh):
             self.state, metrics = self.program(self.state, jax.device_put(batch, self.sharding))
         return {name: float(value) for name, value in metrics.items()}

@@ -20,6 +20,7 @@ from alibi_jax.training.step import make_loss_fn, make_train_step
 
 SHAPES = [(8, 1, 1), (2, 2, 2)]
 Z_LOSS = 1e-3
+BATCH = ("tokens", "segment_ids", "token_bytes")
 # Nearly SGD: where a gradient is small, Adam would turn its rounding into whole steps.
 OPTIMIZER = OptimizerConfig(
     learning_rate=1.0, schedule="constant", warmup_steps=0, beta1=0.0, beta2=0.0, epsilon=1.0
@@ -46,7 +47,7 @@ def compiled(shape, parts, dropout):
         )
         sharding = NamedSharding(mesh, spec("batch", None))
         ids = jax.ShapeDtypeStruct((8 * parts, 17), np.int32, sharding=sharding)
-        program = step.lower(abstract, {"tokens": ids, "segment_ids": ids}).compile()
+        program = step.lower(abstract, dict.fromkeys(BATCH, ids)).compile()
     return graphdef, mesh, abstract, sharding, program
 
 
@@ -127,7 +128,7 @@ def whole_step(shape, parts):
             z_loss=Z_LOSS,
         )
         ids = jax.ShapeDtypeStruct((8 * parts, 17), np.int32, sharding=sharding)
-        return step.lower(abstract, {"tokens": ids, "segment_ids": ids}).compile()
+        return step.lower(abstract, dict.fromkeys(BATCH, ids)).compile()
 
 
 def test_meshes_agree(make_batch, to_numpy):
@@ -153,6 +154,7 @@ def test_metrics(make_batch):
     mask = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
     metrics = run.step(batch)
     assert metrics["tokens"] == mask.sum()
+    assert metrics["bytes"] == batch["token_bytes"][:, 1:][mask].sum()
     expected = float((np.asarray(losses) * mask).sum() / mask.sum())
     assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
     assert metrics["learning_rate"] == pytest.approx(1.0)
@@ -260,6 +262,7 @@ def test_one_segment_needs_no_segment_ids():
     batch = {
         "tokens": np.random.default_rng(0).integers(0, 32, (8, 17), dtype=np.int32),
         "segment_ids": np.ones((8, 17), np.int32),
+        "token_bytes": np.ones((8, 17), np.int32),
     }
     after = []
     with jax.set_mesh(mesh):

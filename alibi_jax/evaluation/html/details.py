@@ -121,17 +121,18 @@ def seeds(comparison: Comparison) -> Html | None:
     numbers = comparison.numbers
     if "bytes_per_token" not in numbers:  # no run has finished
         return None
-    bits = 1 / (math.log(2) * numbers["bytes_per_token"])
 
-    def signed(nats: float) -> str:
-        return f"{bits * nats:+.4f}"
+    def in_bits(entry: Mapping[str, Any]) -> Callable[[float], str]:
+        # A comparison of an earlier version has one number for all targets.
+        bits = 1 / math.log(2) / entry.get("bytes_per_token", numbers["bytes_per_token"])
+        return lambda nats: f"{bits * nats:+.4f}"
 
     rows = []
     for method in numbers["methods"]:
         for entry in method["protocols"].get("fixed_targets", ()):
             if entry.get("difference") is None:
                 continue
-            p_value = entry["p_value"]
+            p_value, signed = entry["p_value"], in_bits(entry)
             rows.append(
                 [
                     method["name"],

@@ -117,10 +117,14 @@ def train_short_test_long(
                 tokens_per_batch=config.evaluation.tokens_per_batch,
                 batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
             )
+            ngrams = evaluation.ngram_losses(
+                corpus.train.tokens, windows.tokens, corpus.tokenizer.vocab_size
+            )
 
         # Report.
         summary = evaluation.summarize(
             losses,
+            ngrams,
             windows,
             train_length=config.data.sequence_length,
             num_targets=config.evaluation.num_targets,

@@ -6,6 +6,7 @@ All protocols, and what `alibi eval` does with them, are in `alibi_jax.evaluatio
 
 from alibi_jax.evaluation.config import EvaluationConfig
 from alibi_jax.evaluation.figure import extrapolation_figure
+from alibi_jax.evaluation.ngrams import ngram_losses
 from alibi_jax.evaluation.protocols import evaluate, token_losses
 from alibi_jax.evaluation.report import summarize, versions, write_json
 from alibi_jax.evaluation.tables import table
@@ -23,6 +24,7 @@ __all__ = [
     "evaluate",
     "extrapolation_figure",
     "longest_windows",
+    "ngram_losses",
     "summarize",
     "supported_lengths",
     "table",

@@ -13,9 +13,10 @@ from alibi_jax.errors import UserError
 from alibi_jax.evaluation import judgement, protocols, retrieval
 from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
 from alibi_jax.evaluation.config import EvaluationConfig
+from alibi_jax.evaluation.ngrams import ngram_losses
 from alibi_jax.evaluation.protocols import WindowedLossFn
 from alibi_jax.evaluation.reach import MassFn, attention_mass
-from alibi_jax.evaluation.report import by_length, compared, ratio
+from alibi_jax.evaluation.report import by_length, compared, floors, ratio
 from alibi_jax.evaluation.verdict import Entry, Level
 from alibi_jax.evaluation.windows import (
     TokenizedDocuments,
@@ -67,6 +68,7 @@ class Setting(NamedTuple):
 
     config: EvaluationConfig
     train_length: int
+    training: np.ndarray  # tokens of the training text
     windows: Windows
     lengths: tuple[int, ...]
     counts: np.ndarray  # of the bootstrap
@@ -111,6 +113,7 @@ class Setting(NamedTuple):
 def assess(
     scorer: Scorer,
     held_out: TokenizedDocuments,
+    training: np.ndarray,
     tokenizer: Tokenizer,
     config: EvaluationConfig,
     *,
@@ -127,7 +130,8 @@ def assess(
     Args:
         scorer: The model.
         held_out: Held-out documents.
-        tokenizer: Of these documents.
+        training: Tokens of the training text, int [M], whose n-grams the model is compared with.
+        tokenizer: Of these texts.
         config: How to evaluate; its multiples are not used.
         train_length: Tokens per training window, the first of the lengths.
         lengths: Tokens per window, each a multiple of the one before.
@@ -152,6 +156,7 @@ def assess(
     setting = Setting(
         config,
         train_length,
+        training,
         windows,
         kept,
         resamples(len(np.unique(windows.document)), config.num_bootstrap),
@@ -245,9 +250,18 @@ def _of_windows(scorer: Scorer, setting: Setting) -> Task:
             "fixed_targets": fixed_entries,
             "by_position": _by_position(losses, setting),
         }
+        below = floors(
+            ngram_losses(setting.training, windows.tokens, setting.tokenizer.vocab_size),
+            losses[setting.train_length],
+            config.num_targets,
+            windows.document,
+            setting.counts,
+            bits_per_nat=setting.bits_per_nat,
+        )
         verdict = judgement.holding(
             whole_entries,
             fixed_entries,
+            below,
             judgement.holds_interval(fixed, windows.document, setting.counts),
             unit=windows.unit,
             num_documents=setting.num_documents,

@@ -13,7 +13,7 @@ from alibi_jax.evaluation.bootstrap import interval, resamples
 from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.report import finite
-from alibi_jax.evaluation.verdict import TOLERANCE, percent
+from alibi_jax.evaluation.verdict import TOLERANCE, percent, why_none
 
 PROTOCOLS = ("nonoverlapping", "fixed_targets")
 # What each number of an entry is; kept in the file and written under the table.
@@ -27,6 +27,7 @@ MEANINGS = {
     "the same tokens",
     "p_value": "two-sided, paired t test over seeds; not corrected for the number of methods, nor "
     "for the choice of a leader",
+    "floors": "n-grams of the training text on the same tokens",
     "relative_change": "of a seed's loss against its own at the training length, mean over seeds; "
     "its interval is Student's t over seeds, its document_interval as above",
 }
@@ -83,7 +84,7 @@ def summarize(
     }
     counts = np.zeros((0, 0))
     if evaluations:
-        summary |= _shared(evaluations)
+        summary |= _shared(evaluations) | {"floors": _floors(evaluations)}
         num_bootstrap = evaluations[0]["config"]["evaluation"]["num_bootstrap"]
         counts = resamples(summary["num_documents"], num_bootstrap)
     scores = {key: _Scores(evaluation) for key, evaluation in finished.items()}
@@ -120,6 +121,20 @@ def _shared(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "the same command evaluates them again",
     )
     return first
+
+
+def _floors(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What n-grams make of the tokens of each protocol: the same in every run.
+
+    Evaluations of earlier versions have none.
+    """
+    names = ("n", "nats_per_token", "interval", "bits_per_byte")
+    known = [one["verdict"]["floors"] for one in evaluations if "floors" in one["verdict"]]
+    floors = known[0] if known else {}
+    return {
+        protocol: [{name: floor[name] for name in names} for floor in floors.get(protocol, ())]
+        for protocol in PROTOCOLS
+    }
 
 
 class _Scores:
@@ -284,26 +299,65 @@ def _verdict(
     """How far the loss on fixed targets holds: at most 1% above the training length's.
 
     Judged by the mean over seeds at each length; the intervals say whether other seeds or other
-    documents might say otherwise. How far context is used and text retrieved is a list of what the
-    verdict of each run says, where the protocols for that were asked for.
+    documents might say otherwise. A method with a run that learned too little is not judged. How
+    far context is used and text retrieved is a list of what the verdict of each run says, where the
+    protocols for that were asked for.
     """
 
     def holds(entry: Mapping[str, Any]) -> bool:
         return entry["relative_change"] is not None and entry["relative_change"] <= TOLERANCE
 
     held = len(list(itertools.takewhile(holds, fixed[1:])))
-    to, longest = fixed[held], held + 1 == len(fixed)
-    factor = to["length"] / fixed[0]["length"]
+    holds_to, factor = fixed[held]["length"], fixed[held]["length"] / fixed[0]["length"]
+    reason = _why_none(fixed, of_runs)
+    compared = all("learned" in one for one in of_runs)  # an earlier version did not
+    verdict: dict[str, Any] = {
+        "text": reason or _holding(fixed, held),
+        "learned": reason is None if compared else None,
+        "holds_to": None if reason else holds_to,
+        "holds_factor": None if reason else factor,
+    }
+    verdict["warning_seeds"] = [one["warning"] for one in of_runs]
+    for name, words in (("uses_context_to", "uses context"), ("retrieves_to", "retrieves")):
+        values = [one[name] for one in of_runs]
+        verdict[f"{name}_seeds"] = values
+        known = sorted(value for value in values if value is not None)
+        if len(known) == len(values) and (not reason or name == "retrieves_to"):
+            ends = [ends for one in of_runs if (ends := one.get(f"{name}_interval"))]
+            low, high = min(known + [a for a, _ in ends]), max(known + [b for _, b in ends])
+            span = "–".join(map(str, sorted({known[0], known[-1]})))
+            if name == "uses_context_to" and high == SHORTEST_WINDOW:
+                span = f"at most {span}"
+            span += f" [{low}, {high}]" if ends else ""
+            verdict["text"] += f"; {words} " + (f"to {span}" if known[-1] else "nothing reliably")
+    return verdict
+
+
+def _why_none(
+    fixed: Sequence[Mapping[str, Any]], of_runs: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Say why a method is not judged; None if it is."""
     if fixed[0]["nats_per_token"] is None:
-        text = "the loss at the training length is not finite"
-    elif len(fixed) == 1:
-        text = "evaluated at the training length only"
-    elif held:
+        return why_none(None)
+    failed = [one["closest_ngram"] for one in of_runs if one.get("learned") is False]
+    if not failed:
+        return None
+    some = f" in {len(failed)} of {len(of_runs)} seeds" if len(failed) < len(of_runs) else ""
+    return why_none(failed[0]) + some
+
+
+def _holding(fixed: Sequence[Mapping[str, Any]], held: int) -> str:
+    """Say how far the loss holds, `held` lengths beyond the training length, and how sure it is."""
+    if len(fixed) == 1:
+        return "evaluated at the training length only"
+    to, longest = fixed[held], held + 1 == len(fixed)
+    if held:
+        factor = to["length"] / fixed[0]["length"]
         text = f"holds to {to['length']} ({factor:g}x{', the longest' if longest else ''})"
         text += f": {_change(to)}"
     else:
         text = "does not hold beyond the training length"
-    if not longest and fixed[0]["nats_per_token"] is not None:
+    if not longest:
         text += f"; at {fixed[held + 1]['length']}: {_change(fixed[held + 1])}"
     deciding = fixed[1 : held + 2]
     doubts = [
@@ -313,21 +367,7 @@ def _verdict(
     ]
     if doubts:
         text += f" (not certain: an interval {' and one '.join(doubts)} contains +1%)"
-    verdict: dict[str, Any] = {"text": text, "holds_to": to["length"], "holds_factor": factor}
-    verdict["warning_seeds"] = [one["warning"] for one in of_runs]
-    for name, words in (("uses_context_to", "uses context"), ("retrieves_to", "retrieves")):
-        values = [one[name] for one in of_runs]
-        verdict[f"{name}_seeds"] = values
-        known = sorted(value for value in values if value is not None)
-        if len(known) == len(values):
-            ends = [ends for one in of_runs if (ends := one.get(f"{name}_interval"))]
-            low, high = min(known + [a for a, _ in ends]), max(known + [b for _, b in ends])
-            span = "–".join(map(str, sorted({known[0], known[-1]})))
-            if name == "uses_context_to" and high == SHORTEST_WINDOW:
-                span = f"at most {span}"
-            span += f" [{low}, {high}]" if ends else ""
-            verdict["text"] += f"; {words} " + (f"to {span}" if known[-1] else "nothing reliably")
-    return verdict
+    return text
 
 
 def _change(entry: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alibi_jax.evaluation.compare_summary import MEANINGS
+from alibi_jax.evaluation.ngrams import NAMES
 from alibi_jax.evaluation.verdict import percent
 
 _TITLES = {
@@ -80,6 +81,13 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
             f"loss on the same targets {to}. A lead at the training length says nothing about "
             "longer inputs."
         )
+    unlearned = [name for name, m in methods.items() if m["verdict"].get("learned") is False]
+    if unlearned:
+        found.append(
+            f"Not judged: {', '.join(unlearned)}. A loss that is not finite, or not clearly below "
+            "that of short n-grams of the training text, says nothing about longer inputs, however "
+            "it changes with length."
+        )
     misleading = [
         name
         for name, method in methods.items()
@@ -134,6 +142,9 @@ def _losses(comparison: Mapping[str, Any], protocol: str) -> str:
         count = sum(run["status"] == "finished" for run in method["runs"])
         cells = [_level(entry) for entry in entries] if entries else ["missing"] * len(lengths)
         rows.append([method["name"], str(count), *cells])
+    for floor in comparison.get("floors", {}).get(protocol, ()):  # earlier versions have none
+        name = f"{NAMES[floor['n']]} of the training text"
+        rows.append([name, "–", *[f"{floor['bits_per_byte']:.4f}"] * len(lengths)])
     return "Bits per byte, mean ± half of the 95% interval over seeds.\n\n" + _markdown(
         ["method", "seeds", *factors], rows
     )

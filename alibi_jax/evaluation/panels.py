@@ -10,6 +10,7 @@ from alibi_jax.evaluation.figure import (
     STYLES,
     change_axis,
     curve,
+    floor_lines,
     length_axis,
     save,
     tokens_text,
@@ -70,6 +71,7 @@ def _levels(axes: "Axes", found: Mapping[str, Any]) -> None:
     present = _present(found)
     for name, entries in present.items():
         curve(axes, entries, "nats_per_token", "interval", bits_per_nat, STYLES[name])
+    floor_lines(axes, found["verdict"], bits_per_nat)
     length_axis(axes, _lengths(present), found["train_length"])
     axes.set_ylabel("bits per byte")
     axes.set_title("loss")

@@ -12,13 +12,15 @@ import jax
 import numpy as np
 
 from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
-from alibi_jax.evaluation.verdict import Entry, Level, verdict
+from alibi_jax.evaluation.ngrams import NgramLosses
+from alibi_jax.evaluation.verdict import Entry, Floor, Level, verdict
 from alibi_jax.evaluation.windows import Windows
 from alibi_jax.files import write_text
 
 
 def summarize(
     losses: Mapping[int, np.ndarray],
+    ngrams: NgramLosses,
     windows: Windows,
     *,
     train_length: int,
@@ -30,6 +32,7 @@ def summarize(
 
     Args:
         losses: For each length, nats per token, float32 [N, longest] (from `evaluate`).
+        ngrams: Losses of the same tokens [N, longest].
         windows: The windows that were scored.
         train_length: Tokens per training window, the shortest of the lengths.
         num_targets: Tokens at the end of each window that the fixed-target protocol scores.
@@ -43,22 +46,37 @@ def summarize(
     num_documents = len(np.unique(windows.document))
     counts = resamples(num_documents, num_bootstrap)
 
+    bits_per_nat = 1 / (math.log(2) * bytes_per_token)
+
     def entries(select: slice) -> list[Entry]:
         return by_length(
             {length: losses[length][:, select] for length in losses},
             train_length,
             windows.document,
             counts,
-            bits_per_nat=1 / (math.log(2) * bytes_per_token),
+            bits_per_nat=bits_per_nat,
         )
 
     nonoverlapping, fixed_targets = entries(slice(None)), entries(slice(-num_targets, None))
+    below = floors(
+        ngrams,
+        losses[train_length],
+        num_targets,
+        windows.document,
+        counts,
+        bits_per_nat=bits_per_nat,
+    )
+    judged = verdict(
+        nonoverlapping,
+        fixed_targets,
+        below["nonoverlapping"],
+        unit=windows.unit,
+        num_documents=num_documents,
+    )
     return {
         "train_length": train_length,
         "protocols": {"nonoverlapping": nonoverlapping, "fixed_targets": fixed_targets},
-        "verdict": verdict(
-            nonoverlapping, fixed_targets, unit=windows.unit, num_documents=num_documents
-        ),
+        "verdict": judged | {"floors": below},
         "num_windows": len(windows.tokens),
         "num_documents": num_documents,
         "windows_per_document": windows.per_document,
@@ -115,6 +133,39 @@ def by_length(losses: Mapping[int, np.ndarray], *args: Any, **kwargs: Any) -> li
     """Reduce the losses of every length as `compared` does, to entries from short to long."""
     levels = compared(losses, *args, **kwargs)
     return [{"length": length, **levels[length]} for length in sorted(levels)]
+
+
+def floors(
+    ngrams: NgramLosses,
+    losses: np.ndarray,
+    num_targets: int,
+    *args: Any,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Reduce what n-grams make of the tokens that a model was scored on.
+
+    Args:
+        ngrams: Losses of the same tokens.
+        losses: Of the model at the training length, nats per token [N, T].
+        num_targets: The last so many are the fixed targets.
+        *args: As for `compared`.
+        **kwargs: As for `compared`.
+
+    Returns:
+        "num_counted", tokens of training text behind the n-grams; and a `Floor` for each n of the
+        tokens of "nonoverlapping" and of "fixed_targets".
+    """
+
+    def of(select: slice) -> list[Floor]:
+        of_ngrams = {n: values[:, select] for n, values in ngrams.by_order.items()}
+        levels = compared({0: losses[:, select], **of_ngrams}, 0, *args, **kwargs)
+        return [{"n": n, **levels[n]} for n in of_ngrams]
+
+    return {
+        "num_counted": ngrams.num_counted,
+        "nonoverlapping": of(slice(None)),
+        "fixed_targets": of(slice(-num_targets, None)),
+    }
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | None:

@@ -3,8 +3,10 @@
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from alibi_jax.evaluation.ngrams import NAMES
 from alibi_jax.evaluation.verdict import few_documents, percent, relative_change
 
 _WIDTH = 100
@@ -26,8 +28,12 @@ def table(summary: Mapping[str, Any]) -> str:
         fixed_change = "(training length)" if trained else relative_change(fixed)
         lines.append(
             f"{length:>8}{length / summary['train_length']:>6g}  "
-            f"{_or('{:.4f}'.format, window['bits_per_byte']):>9}  {change:<17}"
-            f"{_or('{:.4f}'.format, fixed['bits_per_byte']):>9}  {fixed_change}"
+            f"{_bits(window):>9}  {change:<17}{_bits(fixed):>9}  {fixed_change}"
+        )
+    for window, fixed in zip(*map(partial(_floors, summary), protocols), strict=True):
+        lines.append(
+            f"{NAMES[window['n']]:>14}  {_bits(window):>9}  {'':17}{_bits(fixed):>9}  (of the "
+            "training text)"
         )
     longest = protocols["nonoverlapping"][-1]["length"]
     lines += [
@@ -37,6 +43,15 @@ def table(summary: Mapping[str, Any]) -> str:
         *textwrap.wrap(summary["verdict"]["text"], _WIDTH),
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _floors(found: Mapping[str, Any], protocol: str) -> Sequence[Mapping[str, Any]]:
+    """What n-grams make of the tokens of a protocol; a file of an earlier version has none."""
+    return found["verdict"].get("floors", {}).get(protocol, ())
+
+
+def _bits(entry: Mapping[str, Any]) -> str:
+    return _or("{:.4f}".format, entry["bits_per_byte"])
 
 
 def _or(write: Callable[[float], str], number: float | None) -> str:
@@ -51,9 +66,11 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     """Write what `assess` found as plain text of at most 100 columns that ends with the verdict."""
     protocols = found["protocols"]
     writers = {
-        "nonoverlapping": _lengths("nonoverlapping windows"),
-        "fixed_targets": _lengths(f"fixed targets, the last {found['num_targets']} of each window"),
-        "sliding_window": _lengths("sliding window"),
+        "nonoverlapping": _lengths("nonoverlapping", "nonoverlapping windows"),
+        "fixed_targets": _lengths(
+            "fixed_targets", f"fixed targets, the last {found['num_targets']} of each window"
+        ),
+        "sliding_window": _lengths("sliding_window", "sliding window"),
         "by_position": _positions,
         "truncated_input": _truncated_input,
         "truncation": _truncation,
@@ -74,16 +91,20 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _lengths(title: str) -> Callable[[Any, Mapping[str, Any]], list[str]]:
+def _lengths(protocol: str, title: str) -> Callable[[Any, Mapping[str, Any]], list[str]]:
     def write(entries: Any, found: Mapping[str, Any]) -> list[str]:
         train_length = found["train_length"]
         lines = [f"{'tokens':>8}{'x':>6}{'bits/byte':>11}  loss change [95% interval]  {title}"]
         for entry in entries:
             length = entry["length"]
             change = "(training length)" if length == train_length else relative_change(entry)
-            bits = _or("{:.4f}".format, entry["bits_per_byte"])
             stride = f"  stride {entry['stride']}" if "stride" in entry else ""
-            lines.append(f"{length:>8}{length / train_length:>6g}{bits:>11}  {change}{stride}")
+            factor = length / train_length
+            lines.append(f"{length:>8}{factor:>6g}{_bits(entry):>11}  {change}{stride}")
+        lines += [
+            f"{NAMES[floor['n']]:>14}{_bits(floor):>11}  (of the training text)"
+            for floor in _floors(found, protocol)
+        ]
         return lines
 
     return write
@@ -118,8 +139,7 @@ def _cut(entries: Any, what: str, nothing: str, title: str) -> list[str]:
     lines = [f"{what:>8}{'bits/byte':>17}  loss change [95% interval]  {title}"]
     for entry in entries:
         change = f"({nothing})" if entry is entries[-1] else relative_change(entry)
-        bits = _or("{:.4f}".format, entry["bits_per_byte"])
-        lines.append(f"{entry[what]:>8}{bits:>17}  {change}")
+        lines.append(f"{entry[what]:>8}{_bits(entry):>17}  {change}")
     return lines
 
 

@@ -122,7 +122,7 @@ def longest_windows(
         )
     document = np.repeat(np.arange(len(share)), share)
     starts = np.concatenate(
-        [offsets[i] + longest * _spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
+        [offsets[i] + longest * spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
     )
     tokens = np.stack([split.tokens[start : start + longest + 1] for start in starts])
     if packing == "stream":
@@ -189,11 +189,11 @@ def _shares(capacity: np.ndarray, num_windows: int) -> np.ndarray:
     share = np.zeros_like(capacity)
     while num_windows > 0 and (open_documents := np.flatnonzero(capacity > share)).size:
         count = min(num_windows, len(open_documents))
-        share[open_documents[_spread(len(open_documents), count)]] += 1
+        share[open_documents[spread(len(open_documents), count)]] += 1
         num_windows -= count
     return share
 
 
-def _spread(total: int, count: int) -> np.ndarray:
+def spread(total: int, count: int) -> np.ndarray:
     """`count` of the indices 0..total-1, evenly spaced and centred, int64 [count]."""
     return (2 * np.arange(count) + 1) * total // (2 * count)

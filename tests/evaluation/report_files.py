@@ -8,6 +8,7 @@ import numpy as np
 
 from alibi_jax.config import Config
 from alibi_jax.evaluation import Windows, summarize, write_json
+from alibi_jax.evaluation.ngrams import NgramLosses
 from alibi_jax.models import DecoderConfig
 
 VERSIONS = {"alibi_jax": "0.1.0", "jax": "0.10.2", "python": "3.11.7", "device": "cpu"}
@@ -29,8 +30,10 @@ def summary(growth=0.0, lengths=(16, 32, 64), num_documents=4):
     windows = Windows(
         np.zeros((8, lengths[-1] + 1), np.int32), np.arange(8) % num_documents, "document"
     )
+    ngrams = NgramLosses({n: level + 4.0 - n for n in (1, 2, 3)}, 10**6)
     return summarize(
         losses,
+        ngrams,
         windows,
         train_length=lengths[0],
         num_targets=8,

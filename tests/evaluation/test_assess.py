@@ -11,6 +11,7 @@ from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import EvaluationConfig, judgement, longest_windows, write_json
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
+from alibi_jax.evaluation.ngrams import NAMES
 from alibi_jax.evaluation.tables import evaluation_table
 from tests.evaluation.oracles import (
     base,
@@ -46,12 +47,14 @@ def split_of(*lengths):
 
 
 BOOKS = split_of(1030, 2100, 1025, 1500, 1100, 1800)
+OTHER = np.arange(3000) % 48  # no letter: its n-grams know nothing of the books
 
 
-def evaluate(model, split=BOOKS, lengths=LENGTHS, config=CONFIG, **kwargs):
+def evaluate(model, split=BOOKS, training=OTHER, lengths=LENGTHS, config=CONFIG, **kwargs):
     return assess(
         model,
         split,
+        training,
         ByteTokenizer(),
         config,
         train_length=TRAINED,
@@ -131,12 +134,36 @@ def test_what_is_left_out_stays_said_and_attention_is_read_as_far_as_it_can_be()
     assert again["protocols"]["attention_mass"]["length"] == 256 and again["left_out"] == []
 
 
+def test_a_model_that_learned_too_little_is_not_judged(tmp_path):
+    """Nor praised for its use of context, however it is asked, in one go or in two."""
+    dead = scorer(lambda tokens, window: base(tokens) * 0 + math.log(257))
+    own = BOOKS.tokens  # whose trigrams are far better
+    wanted = ("fixed_targets", "truncated_input", "truncation")
+    found = evaluate(dead, training=own, wanted=wanted)
+    verdict = found["verdict"]
+    assert verdict["text"] == (
+        "Learned too little for a verdict: not clearly better than trigrams of the training text."
+    )
+    for name in ("holds_to", "uses_context_to", "layer_window"):
+        assert verdict[name] is None and verdict[f"{name}_interval"] is None
+    part = evaluate(dead, training=own, wanted=wanted[1:])
+    assert "(compared with n-grams only by fixed_targets)" in part["verdict"]["text"]
+    assert evaluate(dead, training=own, wanted=wanted, earlier=part) == found
+    shown = evaluation_table(found)
+    for name, floor in zip(NAMES.values(), verdict["floors"]["fixed_targets"], strict=True):
+        assert f"{name} {floor['bits_per_byte']:>10.4f}" in shown
+    write_json(found, tmp_path / "evaluation.json")
+
+
 @pytest.mark.parametrize("reach", [64, 128, 256])
 def test_truncated_on_purpose_is_found_to_use_so_much(reach):
     verdict = evaluate(scorer(uses(reach)), wanted=("truncated_input",))["verdict"]
     assert verdict["uses_context_to"] == reach and verdict["layer_window"] is None
     assert verdict["holds_to"] is None and verdict["retrieves_to"] is None
-    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}]."
+    assert verdict["text"] == (
+        f"Uses context to {reach} tokens [{reach}, {reach}] (compared with n-grams only by "
+        "fixed_targets)."
+    )
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(1, 64), (2, 128), (3, 256)])
@@ -405,6 +432,7 @@ def test_changes_by_length_are_those_of_the_oracle(found):
 )
 def test_a_bound_is_not_claimed_against_its_own_interval(interval, words):
     judged = {
+        "learned": True,
         "holds_to": None,
         "uses_context_to": 32,
         "uses_context_to_interval": interval,
@@ -414,6 +442,6 @@ def test_a_bound_is_not_claimed_against_its_own_interval(interval, words):
 
 
 def test_at_least_is_said_only_where_the_interval_agrees():
-    judged = {"uses_context_to": None, "retrieves_to": None, "holds_to": 1024}
+    judged = {"learned": True, "uses_context_to": None, "retrieves_to": None, "holds_to": 1024}
     assert "to at least" in judgement.sentence(judged | {"holds_to_interval": [1024, 1024]}, 1024)
     assert "at least" not in judgement.sentence(judged | {"holds_to_interval": [512, 1024]}, 1024)

@@ -12,6 +12,7 @@ from alibi_jax.evaluation.compare_figure import comparison_figure, drawn
 from alibi_jax.evaluation.compare_statistics import p_value, t_interval
 from alibi_jax.evaluation.compare_summary import Run, summarize
 from alibi_jax.evaluation.compare_table import comparison_table, findings
+from alibi_jax.evaluation.ngrams import NgramLosses
 from alibi_jax.evaluation.report import summarize as summarize_run
 from alibi_jax.evaluation.verdict import percent
 from alibi_jax.evaluation.windows import Windows
@@ -28,7 +29,13 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32)
         length: TEXT + np.float32(level) for length, level in zip(lengths, levels, strict=True)
     }
     evaluation = summarize_run(
-        losses, windows, train_length=16, num_targets=8, bytes_per_token=2.0, num_bootstrap=200
+        losses,
+        NgramLosses({n: TEXT + 9.0 - n for n in (1, 2, 3)}, 10**6),
+        windows,
+        train_length=16,
+        num_targets=8,
+        bytes_per_token=2.0,
+        num_bootstrap=200,
     )
     evaluation["left_out"] = []
     evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None, "warning": None}
@@ -107,6 +114,43 @@ def test_verdicts_over_seeds(comparison):
     assert verdicts["alibi"]["uses_context_to_seeds"] == [32, 32, 32]
     assert verdicts["breaks"]["holds_to"] == 16
     assert "does not hold beyond the training length; at 32: +7" in verdicts["breaks"]["text"]
+
+
+def test_a_method_that_learned_too_little_is_not_judged():
+    """At a loss of 20 nats more than the others one seed holds, to worse than any n-gram."""
+    runs = planted()
+    runs["breaks", 1] = run([20, 20, 20])
+    comparison = summarize(METHODS, (0, 1, 2), runs)
+    verdicts = {method["name"]: method["verdict"] for method in comparison["methods"]}
+    assert verdicts["alibi"]["learned"] is True and verdicts["alibi"]["holds_to"] == 64
+    assert verdicts["breaks"]["learned"] is False and verdicts["breaks"]["holds_to"] is None
+    assert verdicts["breaks"]["text"] == (
+        "learned too little for a verdict: not clearly better than trigrams of the training text "
+        "in 1 of 3 seeds"
+    )
+    assert any("Not judged: breaks. " in sentence for sentence in findings(comparison))
+    floors = comparison["floors"]["fixed_targets"]
+    level = TEXT[:, -8:].astype(np.float64).mean()
+    assert [floor["n"] for floor in floors] == [1, 2, 3]
+    assert [f["nats_per_token"] for f in floors] == pytest.approx(
+        [level + 9 - n for n in (1, 2, 3)]
+    )
+    bits = f"{(level + 6) / math.log(2) / 2.0:.4f}"
+    assert f"| trigrams of the training text | –     | {bits} " in comparison_table(comparison)
+    labels = {text.get_text() for axes in drawn(comparison).axes for text in axes.texts}
+    assert {"unigrams", "bigrams", "trigrams"} <= labels
+
+
+def test_runs_of_an_earlier_version_have_no_floors(tmp_path):
+    runs = planted()
+    for one in runs.values():
+        for name in ("floors", "learned", "closest_ngram"):
+            del one.evaluation["verdict"][name]
+    comparison = summarize(METHODS, (0, 1, 2), runs)
+    verdict = comparison["methods"][1]["verdict"]
+    assert verdict["holds_to"] == 64 and verdict["learned"] is None
+    assert "grams" not in comparison_table(comparison).partition("## What the numbers are")[0]
+    comparison_figure(comparison, tmp_path / "figure.png")
 
 
 # Changes at 32 tokens by seed and by document, in nats of about 3: an interval that contains +1%.

@@ -9,6 +9,7 @@ import pytest
 
 from alibi_jax.evaluation import Windows, extrapolation_figure, summarize
 from alibi_jax.evaluation.assess import PROTOCOLS
+from alibi_jax.evaluation.ngrams import NgramLosses
 from alibi_jax.evaluation.panels import evaluation_figure
 from tests.evaluation.oracles import explodes, scorer, uses
 from tests.evaluation.test_assess import evaluate
@@ -20,6 +21,7 @@ def summary_of(losses, num_documents=4):
     windows = Windows(np.zeros((8, 65), np.int32), np.arange(8) % num_documents, "document")
     return summarize(
         {length: level + change for length, change in losses.items()},
+        NgramLosses({n: level + 4.0 - n for n in (1, 2, 3)}, 10**6),
         windows,
         train_length=16,
         num_targets=8,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from alibi_jax.evaluation import Windows, evaluate, summarize, table, versions, write_json
+from alibi_jax.evaluation.ngrams import NgramLosses
 
 LENGTHS = (16, 32, 64, 128)
 NUM_TARGETS = 8
@@ -53,11 +54,14 @@ def not_finite_beyond_32(tokens):
     return early_tokens(tokens) + np.where(position(tokens) > 32, np.inf, 0).astype(np.float32)
 
 
-def report(loss_fn, windows=None, lengths=LENGTHS):
+def report(loss_fn, windows=None, lengths=LENGTHS, floor=9.0):
+    """The report of a model, and of n-grams that cost so many nats for every token, or more."""
     windows = windows or windows_of()
     losses = evaluate(loss_fn, windows, lengths, tokens_per_batch=512)
+    ngrams = {n: np.full(losses[lengths[0]].shape, floor + 3 - n) for n in (1, 2, 3)}
     return summarize(
         losses,
+        NgramLosses(ngrams, 10**6),
         windows,
         train_length=lengths[0],
         num_targets=NUM_TARGETS,
@@ -142,6 +146,24 @@ def test_infinities_do_not_hold_and_leave_valid_json(tmp_path):
 
 def test_a_model_that_diverged_in_training_gets_no_praise():
     assert "training length of 16 tokens is not finite" in text(lambda t: unigram(t) * np.nan)
+
+
+def test_a_dead_model_gets_no_praise_and_the_floors_stand_beside_it():
+    """A loss of ln 257 everywhere holds at every length; n-grams of 2 nats do not."""
+    summary = report(lambda tokens: unigram(tokens) * 0 + np.log(257), floor=2.0)
+    verdict = summary["verdict"]
+    assert verdict["learned"] is False and verdict["closest_ngram"] == 3
+    assert verdict["holds_to"] is None and verdict["holds_factor"] is None
+    assert "learned too little for a verdict" in verdict["text"] and "holds" not in verdict["text"]
+    for protocol in ("nonoverlapping", "fixed_targets"):
+        for floor, nats in zip(verdict["floors"][protocol], (4, 3, 2), strict=True):
+            assert floor["nats_per_token"] == pytest.approx(nats)
+            assert floor["bits_per_byte"] == pytest.approx(nats / math.log(2) / BYTES_PER_TOKEN)
+            assert floor["change_interval"] == pytest.approx([nats - np.log(257)] * 2)
+    lines = table(summary).splitlines()
+    assert [line.split()[0] for line in lines[6:9]] == ["unigrams", "bigrams", "trigrams"]
+    bits = f"{2 / math.log(2) / BYTES_PER_TOKEN:.4f}"
+    assert lines[8].split()[1:3] == [bits, bits]
 
 
 def test_a_loss_of_zero_is_no_crash():

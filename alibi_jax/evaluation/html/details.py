@@ -61,7 +61,7 @@ def retrieval(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
         if found:
             own = [Line(run.group, _by_length(task), (), style[run.group]) for run, task in found]
             chance = {task["chance"] for _, task in found}
-            horizontal = (chance.pop(), "chance") if len(chance) == 1 else None
+            horizontal = [(chance.pop(), "chance")] if len(chance) == 1 else ()
             percentage = Axis("accuracy", "linear", "{:.0%}".format, limits=(0.0, 1.0))
             length = Axis("window length (tokens)", "log", tokens)
             guides = Guides(horizontal=horizontal)

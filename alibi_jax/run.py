@@ -117,6 +117,8 @@ def train_short_test_long(
                 tokens_per_batch=config.evaluation.tokens_per_batch,
                 batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
             )
+            per_token = evaluation.bytes_per_token(windows, corpus.tokenizer.decode)
+            overlap = evaluation.training_overlap(corpus.train.tokens, windows.tokens, per_token)
             ngrams = evaluation.ngram_losses(
                 corpus.train.tokens, windows.tokens, corpus.tokenizer.vocab_size
             )
@@ -126,9 +128,10 @@ def train_short_test_long(
             losses,
             ngrams,
             windows,
+            overlap,
             train_length=config.data.sequence_length,
             num_targets=config.evaluation.num_targets,
-            bytes_per_token=evaluation.bytes_per_token(windows, corpus.tokenizer.decode),
+            bytes_per_token=per_token,
             num_bootstrap=config.evaluation.num_bootstrap,
         )
         summary |= {"config": config.to_dict(), "versions": evaluation.versions()}

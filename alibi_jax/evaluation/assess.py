@@ -14,6 +14,7 @@ from alibi_jax.evaluation import judgement, protocols, retrieval
 from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
 from alibi_jax.evaluation.config import EvaluationConfig
 from alibi_jax.evaluation.ngrams import ngram_losses
+from alibi_jax.evaluation.overlap import training_overlap
 from alibi_jax.evaluation.protocols import WindowedLossFn
 from alibi_jax.evaluation.reach import MassFn, attention_mass
 from alibi_jax.evaluation.report import by_length, compared, floors, ratio
@@ -70,6 +71,7 @@ class Setting(NamedTuple):
     train_length: int
     training: np.ndarray  # tokens of the training text
     windows: Windows
+    overlap: dict[str, Any]  # of the windows with that text
     lengths: tuple[int, ...]
     counts: np.ndarray  # of the bootstrap
     bits_per_nat: float  # bits per byte for each nat per token
@@ -153,17 +155,19 @@ def assess(
         held_out, longest=kept[-1], num_windows=config.num_windows, packing=packing
     )
     per_token = bytes_per_token(windows, tokenizer.decode)
+    earlier = earlier or {"protocols": {}, "verdict": {}, "left_out": []}
+    overlap = earlier.get("training_overlap")
     setting = Setting(
         config,
         train_length,
         training,
         windows,
+        overlap or training_overlap(training, windows.tokens, per_token),
         kept,
         resamples(len(np.unique(windows.document)), config.num_bootstrap),
         1 / (math.log(2) * per_token),
         tokenizer,
     )
-    earlier = earlier or {"protocols": {}, "verdict": {}, "left_out": []}
     measured, judged = dict(earlier["protocols"]), dict(earlier["verdict"])
     mass = measured.get("attention_mass") if "attention_mass" in wanted else None
     if mass is not None and mass["length"] != _length_at_once(setting):
@@ -195,6 +199,8 @@ def assess(
             "num_documents": setting.num_documents,
             "windows_per_document": windows.per_document,
             "unit": windows.unit,
+            "num_copies": windows.copies,
+            "training_overlap": setting.overlap,
             "tokens_sha256": hashlib.sha256(windows.tokens.astype("<i4").tobytes()).hexdigest(),
             "num_targets": config.num_targets,
             "bytes_per_token": per_token,
@@ -265,6 +271,7 @@ def _of_windows(scorer: Scorer, setting: Setting) -> Task:
             judgement.holds_interval(fixed, windows.document, setting.counts),
             unit=windows.unit,
             num_documents=setting.num_documents,
+            overlap=setting.overlap["share"],
         )
         return found, verdict
 

@@ -85,6 +85,8 @@ def summarize(
     counts = np.zeros((0, 0))
     if evaluations:
         summary |= _shared(evaluations) | {"floors": _floors(evaluations)}
+        # Which earlier versions do not know.
+        summary |= {name: evaluations[0].get(name) for name in ("num_copies", "training_overlap")}
         num_bootstrap = evaluations[0]["config"]["evaluation"]["num_bootstrap"]
         counts = resamples(summary["num_documents"], num_bootstrap)
     scores = {key: _Scores(evaluation) for key, evaluation in finished.items()}

@@ -6,6 +6,7 @@ from typing import Any
 
 from alibi_jax.evaluation.compare_summary import MEANINGS
 from alibi_jax.evaluation.ngrams import NAMES
+from alibi_jax.evaluation.tables import scored
 from alibi_jax.evaluation.verdict import percent
 
 _TITLES = {
@@ -225,11 +226,8 @@ def _costs(comparison: Mapping[str, Any]) -> str:
 def _meanings(comparison: Mapping[str, Any]) -> str:
     text = "\n".join(f"- `{name}`: {meaning}." for name, meaning in MEANINGS.items())
     if comparison["lengths"]:
-        text += (
-            f"\n\nAll methods and lengths score the same {comparison['num_windows']} windows of "
-            f"{comparison['lengths'][-1]} tokens from "
-            f"{_plural(comparison['num_documents'], comparison['unit'])}."
-        )
+        text += "\n\nAll methods and lengths score the same tokens: "
+        text += scored(comparison)
     if comparison["left_out"]:
         text += "\n\n" + "\n".join(f"- {line}" for line in comparison["left_out"])
     return f"## What the numbers are\n\n{text}"

@@ -97,6 +97,7 @@ def holding(
     *,
     unit: str,
     num_documents: int,
+    overlap: float,
 ) -> dict[str, Any]:
     """Find X: what `verdict` finds, its words as "details", with an interval and a warning.
 
@@ -107,6 +108,7 @@ def holding(
         interval: From `holds_interval`.
         unit: As for `verdict`.
         num_documents: As for `verdict`.
+        overlap: As for `verdict`.
     """
     found = verdict(
         nonoverlapping,
@@ -114,6 +116,7 @@ def holding(
         floors["nonoverlapping"],
         unit=unit,
         num_documents=num_documents,
+        overlap=overlap,
     )
     return {
         **found,

@@ -22,6 +22,7 @@ def summarize(
     losses: Mapping[int, np.ndarray],
     ngrams: NgramLosses,
     windows: Windows,
+    overlap: Mapping[str, Any],
     *,
     train_length: int,
     num_targets: int,
@@ -34,6 +35,7 @@ def summarize(
         losses: For each length, nats per token, float32 [N, longest] (from `evaluate`).
         ngrams: Losses of the same tokens [N, longest].
         windows: The windows that were scored.
+        overlap: From `training_overlap`.
         train_length: Tokens per training window, the shortest of the lengths.
         num_targets: Tokens at the end of each window that the fixed-target protocol scores.
         bytes_per_token: UTF-8 bytes per token of the held-out text.
@@ -72,6 +74,7 @@ def summarize(
         below["nonoverlapping"],
         unit=windows.unit,
         num_documents=num_documents,
+        overlap=overlap["share"],
     )
     return {
         "train_length": train_length,
@@ -81,6 +84,8 @@ def summarize(
         "num_documents": num_documents,
         "windows_per_document": windows.per_document,
         "unit": windows.unit,
+        "num_copies": windows.copies,
+        "training_overlap": overlap,
         "num_tokens": windows.tokens[:, 1:].size,
         "num_targets": num_targets,
         "bytes_per_token": bytes_per_token,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from alibi_jax.evaluation.ngrams import NAMES
-from alibi_jax.evaluation.verdict import few_documents, percent, relative_change
+from alibi_jax.evaluation.verdict import few_documents, much_seen, percent, relative_change
 
 _WIDTH = 100
 
@@ -35,10 +35,8 @@ def table(summary: Mapping[str, Any]) -> str:
             f"{NAMES[window['n']]:>14}  {_bits(window):>9}  {'':17}{_bits(fixed):>9}  (of the "
             "training text)"
         )
-    longest = protocols["nonoverlapping"][-1]["length"]
     lines += [
-        f"{_plural(summary['num_windows'], 'window')} of {longest} tokens from "
-        f"{_plural(summary['num_documents'], summary['unit'])}.",
+        *textwrap.wrap(scored(summary), _WIDTH),
         "",
         *textwrap.wrap(summary["verdict"]["text"], _WIDTH),
     ]
@@ -52,6 +50,20 @@ def _floors(found: Mapping[str, Any], protocol: str) -> Sequence[Mapping[str, An
 
 def _bits(entry: Mapping[str, Any]) -> str:
     return _or("{:.4f}".format, entry["bits_per_byte"])
+
+
+def scored(found: Mapping[str, Any]) -> str:
+    """Say what text the numbers of an evaluation, or of a comparison, are of."""
+    lengths = found.get("lengths") or [e["length"] for e in found["protocols"]["nonoverlapping"]]
+    text = f"{_plural(found['num_windows'], 'window')} of {lengths[-1]} tokens from "
+    text += _plural(found["num_documents"], found["unit"])
+    if found.get("num_copies"):
+        text += f" ({_plural(found['num_copies'], 'document')} left out as copies of others)"
+    overlap = found.get("training_overlap")  # a file of an earlier version has none
+    if overlap:
+        text += f"; {overlap['share']:.1%} of the tokens are in {overlap['ngram']}-grams of the "
+        text += "training text"
+    return f"{text}."
 
 
 def _or(write: Callable[[float], str], number: float | None) -> str:
@@ -81,9 +93,10 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     lines = []
     for name, entries in protocols.items():
         lines += [*writers[name](entries, found), ""]
-    windows = _plural(found["num_windows"], "window")
-    source = f"{windows} from {_plural(found['num_documents'], found['unit'])}."
-    lines += [" ".join([source, *few_documents(found["unit"], found["num_documents"])]), ""]
+    notes = [scored(found)]
+    notes += few_documents(found["unit"], found["num_documents"])
+    notes += much_seen(found["training_overlap"]["share"])
+    lines += [*textwrap.wrap(" ".join(notes), _WIDTH), ""]
     verdict = found["verdict"]
     lines += textwrap.wrap(verdict["text"], _WIDTH)
     if verdict["warning"]:

@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 
 from alibi_jax.evaluation.bootstrap import FEW
 from alibi_jax.evaluation.ngrams import NAMES
+from alibi_jax.evaluation.overlap import LARGE
 
 TOLERANCE = 0.01  # the loss holds while it is at most this fraction above the training length's
 
@@ -64,6 +65,7 @@ def verdict(
     *,
     unit: str,
     num_documents: int,
+    overlap: float,
 ) -> dict[str, Any]:
     """Judge how far beyond the training length the loss holds.
 
@@ -76,6 +78,7 @@ def verdict(
         floors: Of the tokens of the nonoverlapping windows.
         unit: What the intervals resample: "document" or "block".
         num_documents: How many of them there are.
+        overlap: The share of the text that stands in the training text as well.
 
     Returns:
         "text"; "learned", whether the model is clearly better than every floor, and
@@ -92,10 +95,14 @@ def verdict(
     learned = not unbeaten
     closest = min(unbeaten or floors, key=lambda floor: floor["nats_per_token"] or 0.0)
     holds_to = fixed_targets[held]["length"] if learned else None
-    result: dict[str, Any] = {
-        "text": _text(nonoverlapping, fixed_targets, held, unit, num_documents)
+    sentences = (
+        _sentences(nonoverlapping, fixed_targets, held)
         if learned
-        else " ".join([_none(closest, train_length), *few_documents(unit, num_documents)]),
+        else [_none(closest, train_length)]
+    )
+    sentences += [*few_documents(unit, num_documents), *much_seen(overlap)]
+    result: dict[str, Any] = {
+        "text": " ".join(sentences),
         "learned": learned,
         "closest_ngram": None if closest["change"] is None else closest["n"],
         "holds_to": holds_to,
@@ -151,30 +158,40 @@ def _holds(entry: Entry) -> bool:
     return entry["relative_change"] is not None and entry["relative_change"] <= TOLERANCE
 
 
-def _text(
-    nonoverlapping: list[Entry], fixed: list[Entry], held: int, unit: str, num_documents: int
-) -> str:
-    train_length = fixed[0]["length"]
+def _sentences(nonoverlapping: list[Entry], fixed: list[Entry], held: int) -> list[str]:
     if len(fixed) == 1:
-        return (
-            f"Evaluated at the training length of {train_length} tokens only, which says nothing "
-            "about longer ones."
-        )
+        return [
+            f"Evaluated at the training length of {fixed[0]['length']} tokens only, which says "
+            "nothing about longer ones."
+        ]
     sentences = []
     if held:
         sentences += [_holding(fixed, held), *_gain(nonoverlapping[held], fixed[held])]
     if held + 1 < len(fixed):
         sentences.append(_failing(fixed, held))
-    return " ".join([*sentences, *few_documents(unit, num_documents)])
+    return sentences
 
 
 def few_documents(unit: str, num_documents: int) -> list[str]:
     """Say, in at most one sentence, that too little was resampled for narrow intervals."""
     if num_documents == 1:
-        return [f"All windows come from one {unit}, so there are no intervals."]
+        return [
+            f"All windows come from one {unit}, so there are no intervals: nothing here says what "
+            "another text would show."
+        ]
     if num_documents < FEW:
         return [f"Intervals are wide, of only {num_documents} {unit}s."]
     return []
+
+
+def much_seen(overlap: float) -> list[str]:
+    """Say, in at most one sentence, that much of the text is no news to the model."""
+    if overlap < LARGE:
+        return []
+    return [
+        f"{overlap:.0%} of the tokens stand in the training text as well: losses of new text would "
+        "be higher."
+    ]
 
 
 def _holding(fixed: list[Entry], held: int) -> str:

@@ -1,5 +1,11 @@
-"""The held-out tokens that every protocol scores: windows spread over documents."""
+"""The held-out tokens that every protocol scores: windows spread over documents.
 
+A document that is the copy of another, token by token, is left out: it says nothing new, and would
+count as an independent one.
+"""
+
+import hashlib
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,11 +39,13 @@ class Windows:
         tokens: int32 [N, longest + 1]; the first of each row is context only.
         document: int64 [N], which unit a window comes from; the bootstrap resamples these.
         unit: What such a unit is: "document", or "block" of the concatenated stream.
+        copies: How many documents that could give windows are left out as copies of others.
     """
 
     tokens: np.ndarray
     document: np.ndarray
     unit: str
+    copies: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -69,8 +77,9 @@ def supported_lengths(
     Raises:
         UserError: If not even the first length is possible.
     """
-    units = [_num_units(split, length, packing) for length in lengths]
-    longest = max(np.diff(_offsets(split, packing)), default=0)
+    spans = _spans(split, packing)
+    units = [_num_units(spans, length, packing) for length in lengths]
+    longest = max(spans[:, 1] - spans[:, 0], default=0)
     text = "the held-out text" if packing == "stream" else "the longest held-out document"
     if units[0] == 0:
         raise UserError(
@@ -112,8 +121,8 @@ def longest_windows(
     Raises:
         UserError: If the text does not hold a single window.
     """
-    offsets = _offsets(split, packing)
-    capacity = _capacity(offsets, longest)
+    spans = _spans(split, packing)
+    capacity = _capacity(spans, longest)
     share = _shares(capacity, num_windows)
     if not share.any():
         raise UserError(
@@ -122,12 +131,14 @@ def longest_windows(
         )
     document = np.repeat(np.arange(len(share)), share)
     starts = np.concatenate(
-        [offsets[i] + longest * spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
+        [spans[i, 0] + longest * spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
     )
     tokens = np.stack([split.tokens[start : start + longest + 1] for start in starts])
+    needed = longest + 1 if packing == "documents" else 0
+    copies = int((_copies(split) & (np.diff(split.offsets) >= needed)).sum())
     if packing == "stream":
-        return Windows(tokens.astype(np.int32), _blocks(len(starts)), "block")
-    return Windows(tokens.astype(np.int32), document, "document")
+        return Windows(tokens.astype(np.int32), _blocks(len(starts)), "block", copies)
+    return Windows(tokens.astype(np.int32), document, "document", copies)
 
 
 def _blocks(num_pieces: int) -> np.ndarray:
@@ -168,19 +179,38 @@ def _unit(packing: str) -> str:
     return {"documents": "document", "stream": "piece"}[packing]
 
 
-def _offsets(split: TokenizedDocuments, packing: str) -> np.ndarray:
-    """Bounds that no window crosses; the stream is one long document."""
-    return np.array([0, len(split.tokens)]) if packing == "stream" else split.offsets
+def _copies(split: TokenizedDocuments) -> np.ndarray:
+    """Which documents have the tokens of one before them, bool [num_documents]."""
+    seen: set[bytes] = set()
+    copies = []
+    for start, stop in itertools.pairwise(split.offsets):
+        digest = hashlib.blake2b(split.tokens[start:stop].tobytes()).digest()
+        copies.append(digest in seen)
+        seen.add(digest)
+    return np.array(copies, bool)
 
 
-def _capacity(offsets: np.ndarray, length: int) -> np.ndarray:
-    """Windows of `length` targets that each document holds, int [num_documents]."""
-    return np.maximum(np.diff(offsets) - 1, 0) // length
+def _spans(split: TokenizedDocuments, packing: str) -> np.ndarray:
+    """Starts and ends that no window crosses, int [n, 2]: documents, or the stream between copies.
+
+    Without a copy, the stream is one span.
+    """
+    documents = np.stack([split.offsets[:-1], split.offsets[1:]], axis=1)[~_copies(split)]
+    if packing == "documents" or not len(documents):
+        return documents
+    starts = np.flatnonzero(documents[1:, 0] != documents[:-1, 1]) + 1
+    runs = np.split(documents, starts)
+    return np.array([(run[0, 0], run[-1, 1]) for run in runs])
 
 
-def _num_units(split: TokenizedDocuments, length: int, packing: str) -> int:
+def _capacity(spans: np.ndarray, length: int) -> np.ndarray:
+    """Windows of `length` targets that each span holds, int [n]."""
+    return np.maximum(spans[:, 1] - spans[:, 0] - 1, 0) // length
+
+
+def _num_units(spans: np.ndarray, length: int, packing: str) -> int:
     """Units with a window of this length: documents, or pieces of the stream."""
-    capacity = _capacity(_offsets(split, packing), length)
+    capacity = _capacity(spans, length)
     return int(capacity.sum() if packing == "stream" else np.count_nonzero(capacity))
 
 

@@ -35,6 +35,7 @@ def summary(growth=0.0, lengths=(16, 32, 64), num_documents=4):
         losses,
         ngrams,
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=lengths[0],
         num_targets=8,
         bytes_per_token=1.0,

@@ -95,7 +95,8 @@ def test_every_protocol_is_there_and_is_json(found, tmp_path):
     lines = evaluation_table(found).splitlines()
     assert max(map(len, lines)) <= 100
     text = " ".join(evaluation_table(found).split())
-    assert text.count("7 windows from 6 documents. Intervals are wide, of only 6 documents.") == 1
+    assert text.count("7 windows of 1024 tokens from 6 documents; 0.0% of the tokens are in ") == 1
+    assert text.count("training text. Intervals are wide, of only 6 documents.") == 1
     assert text.endswith(f"{found['verdict']['text']} Warning: {found['verdict']['warning']}")
 
 

@@ -32,6 +32,7 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32)
         losses,
         NgramLosses({n: TEXT + 9.0 - n for n in (1, 2, 3)}, 10**6),
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=16,
         num_targets=8,
         bytes_per_token=2.0,

@@ -23,6 +23,7 @@ def summary_of(losses, num_documents=4):
         {length: level + change for length, change in losses.items()},
         NgramLosses({n: level + 4.0 - n for n in (1, 2, 3)}, 10**6),
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=16,
         num_targets=8,
         bytes_per_token=1.0,

@@ -63,6 +63,7 @@ def report(loss_fn, windows=None, lengths=LENGTHS, floor=9.0):
         losses,
         NgramLosses(ngrams, 10**6),
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=lengths[0],
         num_targets=NUM_TARGETS,
         bytes_per_token=BYTES_PER_TOKEN,

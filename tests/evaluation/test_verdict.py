@@ -30,14 +30,14 @@ def floor(n, above, interval):
 FAR = [floor(n, 4 - n, (3.9 - n, 4.1 - n)) for n in (1, 2, 3)]
 
 
-def judge(fixed, nonoverlapping=None, num_documents=10, floors=FAR):
+def judge(fixed, nonoverlapping=None, num_documents=10, floors=FAR, overlap=0.0):
     """Judge 128 (the training length), 256, ... from changes and their intervals."""
     nonoverlapping = nonoverlapping or fixed
     rows = [
         [entry(128), *(entry(256 * 2**i, *change) for i, change in enumerate(changes))]
         for changes in (nonoverlapping, fixed)
     ]
-    return verdict(*rows, floors, unit="document", num_documents=num_documents)
+    return verdict(*rows, floors, unit="document", num_documents=num_documents, overlap=overlap)
 
 
 def test_a_length_above_a_failing_one_does_not_count():
@@ -100,6 +100,12 @@ def test_one_document_claims_no_gain():
 def test_few_documents_are_named_once(num_documents, few):
     text = judge([(0, (0, 0))], num_documents=num_documents)["text"]
     assert text.count(f"only {num_documents} documents") == few
+
+
+@pytest.mark.parametrize(("overlap", "said"), [(0.19, False), (0.2, True)])
+def test_much_text_that_training_has_as_well_is_named(overlap, said):
+    words = f"{overlap:.0%} of the tokens stand in the training text as well"
+    assert (words in judge([(0, (0, 0))], overlap=overlap)["text"]) == said
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from alibi_jax.evaluation.compare_table import findings
 from alibi_jax.evaluation.html.losses import MISSING
 from alibi_jax.evaluation.html.read import Comparison, Run
 from alibi_jax.evaluation.html.tags import Cell, Html, join, lines, table, tag
+from alibi_jax.evaluation.tables import scored
 
 
 def verdicts(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Html:
@@ -48,6 +49,7 @@ def _card(run: Run) -> Html:
         parts.append(tag("p", verdict["details"]))
     if verdict.get("warning"):
         parts.append(tag("p", tag("strong", "Warning: "), verdict["warning"], class_="warning"))
+    parts.append(tag("p", tag("small", scored(run.evaluation))))
     return tag("article", *parts, class_="card")
 
 

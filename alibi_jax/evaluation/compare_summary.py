@@ -13,7 +13,7 @@ from alibi_jax.evaluation.bootstrap import interval, resamples
 from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.report import finite
-from alibi_jax.evaluation.verdict import TOLERANCE, percent, why_none
+from alibi_jax.evaluation.verdict import TOLERANCE, not_finite, percent, why_none
 
 PROTOCOLS = ("nonoverlapping", "fixed_targets")
 # What each number of an entry is; kept in the file and written under the table.
@@ -361,6 +361,8 @@ def _holding(fixed: Sequence[Mapping[str, Any]], held: int) -> str:
         text = "does not hold beyond the training length"
     if not longest:
         text += f"; at {fixed[held + 1]['length']}: {_change(fixed[held + 1])}"
+        beyond = not_finite(fixed[held + 2 :])
+        text += f"; not finite at {beyond}" if beyond else ""
     deciding = fixed[1 : held + 2]
     doubts = [
         f"over {what}"

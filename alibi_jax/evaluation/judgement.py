@@ -25,7 +25,14 @@ import numpy as np
 from alibi_jax.evaluation.bootstrap import document_sums, interval_of_a_length
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.retrieval import retrieves_to
-from alibi_jax.evaluation.verdict import TOLERANCE, Entry, relative_change, verdict, why_none
+from alibi_jax.evaluation.verdict import (
+    TOLERANCE,
+    Entry,
+    not_finite,
+    relative_change,
+    verdict,
+    why_none,
+)
 
 CONTEXT_TOLERANCE = 0.005  # context beyond is not used if it lowers the loss by less than this
 
@@ -122,6 +129,7 @@ def holding(
         **found,
         "floors": floors,
         "holds_to_interval": interval if found["learned"] else None,
+        "not_finite_at": not_finite(fixed_targets),
         "details": found["text"],
         "warning": warning(nonoverlapping, fixed_targets),
     }
@@ -198,6 +206,8 @@ def sentence(judged: Mapping[str, Any], longest: int) -> str:
     if judged["holds_to"] is not None:
         within = f"(paired, within {100 * TOLERANCE:g}%)"
         parts.append(f"holds to {_tokens(judged, 'holds_to', longest)} {within}")
+        if judged.get("not_finite_at"):  # a file of an earlier version does not say
+            parts.append(f"is not finite at {judged['not_finite_at']}")
     if judged["uses_context_to"] is not None:
         unknown = "" if judged["learned"] else " (compared with n-grams only by fixed_targets)"
         parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}{unknown}")

@@ -99,6 +99,7 @@ def _by_position(axes: "Axes", found: Mapping[str, Any]) -> None:
     at = [{**entry, "length": middle} for entry, middle in zip(entries, middles, strict=True)]
     curve(axes, at, "nats_per_token", "interval", bits_per_nat, {"color": _BLUE, "marker": "."})
     axes.set_xscale("log", base=2)
+    axes.set_xlim(middles[0] / 1.4, middles[-1] * 1.4)  # also where no loss is finite
     _thin_ticks(axes, found["protocols"]["by_position"]["length"])
     axes.axvline(found["train_length"], color=_GREY, linestyle=":", linewidth=1)
     _note(axes, found["train_length"], "training length")
@@ -108,6 +109,7 @@ def _by_position(axes: "Axes", found: Mapping[str, Any]) -> None:
 
 
 def _truncation(axes: "Axes", found: Mapping[str, Any]) -> None:
+    settings: list[int] = []
     for name, what, style in (
         ("truncated_input", "context", {"label": "last tokens", "color": _BLUE, "marker": "o"}),
         (
@@ -119,8 +121,10 @@ def _truncation(axes: "Axes", found: Mapping[str, Any]) -> None:
         if name in found["protocols"]:
             entries = [{**e, "length": e[what]} for e in found["protocols"][name]]
             curve(axes, entries, "relative_change", "relative_change_interval", 100, style)
-    shortest, longest = axes.dataLim.intervalx
+            settings += [e["length"] for e in entries]
+    shortest, longest = min(settings), max(settings)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(shortest / 1.4, longest * 1.4)
     _thin_ticks(axes, longest, shortest)
     axes.axhspan(0, 100 * CONTEXT_TOLERANCE, color="0.92", linewidth=0, zorder=0)
     low, high = axes.dataLim.intervaly
@@ -165,12 +169,13 @@ def _retrieval(axes: "Axes", found: Mapping[str, Any]) -> None:
     """Accuracy by length, a row for each depth and one for recall; chance is marked on the bar."""
     tasks = {n: found["protocols"][n] for n in ("needle", "recall") if n in found["protocols"]}
     lengths = sorted({entry["length"] for task in tasks.values() for entry in task["entries"]})
-    rows: dict[str, dict[int, float]] = {}
+    rows: dict[str, dict[int, float | None]] = {}
     for name, task in tasks.items():
         for entry in task["entries"]:
             label = f"depth {entry['depth']:g}" if name == "needle" else "recall"
             rows.setdefault(label, {})[entry["length"]] = entry["accuracy"]
-    grid = np.array([[row.get(length, np.nan) for length in lengths] for row in rows.values()])
+    cells = [[row.get(length) for length in lengths] for row in rows.values()]
+    grid = np.array(cells, np.float64)  # None, not measured or not finite, is nan and stays empty
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):

@@ -203,5 +203,7 @@ def _recall(task: Any, found: Mapping[str, Any]) -> list[str]:
 
 
 def _accuracy(entry: Mapping[str, Any]) -> str:
+    if entry["accuracy"] is None:
+        return "not finite"
     low, high = entry["interval"]
     return f"{entry['accuracy']:.0%} [{100 * low:.0f},{100 * high:.0f}]"

@@ -6,6 +6,7 @@ may well be the same at every length.
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from alibi_jax.evaluation.bootstrap import FEW
@@ -169,7 +170,15 @@ def _sentences(nonoverlapping: list[Entry], fixed: list[Entry], held: int) -> li
         sentences += [_holding(fixed, held), *_gain(nonoverlapping[held], fixed[held])]
     if held + 1 < len(fixed):
         sentences.append(_failing(fixed, held))
+        beyond = not_finite(fixed[held + 2 :])
+        sentences += [f"At {beyond} it is not finite."] if beyond else []
     return sentences
+
+
+def not_finite(entries: Sequence[Mapping[str, object]]) -> str:
+    """Name the lengths at which a loss is not finite: "256 and 512 tokens"; nothing if none is."""
+    lengths = [str(entry["length"]) for entry in entries if entry["nats_per_token"] is None]
+    return f"{' and '.join(lengths)} tokens" if lengths else ""
 
 
 def few_documents(unit: str, num_documents: int) -> list[str]:

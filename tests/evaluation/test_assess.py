@@ -11,7 +11,10 @@ from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import EvaluationConfig, judgement, longest_windows, write_json
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
+from alibi_jax.evaluation.html import page
+from alibi_jax.evaluation.html.read import read
 from alibi_jax.evaluation.ngrams import NAMES
+from alibi_jax.evaluation.panels import evaluation_figure
 from alibi_jax.evaluation.tables import evaluation_table
 from tests.evaluation.oracles import (
     base,
@@ -154,6 +157,54 @@ def test_a_model_that_learned_too_little_is_not_judged(tmp_path):
     for name, floor in zip(NAMES.values(), verdict["floors"]["fixed_targets"], strict=True):
         assert f"{name} {floor['bits_per_byte']:>10.4f}" in shown
     write_json(found, tmp_path / "evaluation.json")
+
+
+def broken(beyond):
+    """A model that gives nan wherever a row has more tokens than this."""
+    whole = scorer()
+
+    def of(function, rows):
+        return lambda tokens, *args: np.where(
+            rows(tokens) > beyond, np.nan, function(tokens, *args)
+        )
+
+    return whole._replace(
+        losses=of(whole.losses, lambda tokens: tokens.shape[1] - 1),
+        logits=of(whole.logits, lambda tokens: tokens.shape[1]),
+        attention_mass=of(whole.attention_mass, lambda tokens: tokens.shape[1]),
+    )
+
+
+@pytest.mark.parametrize("beyond", [0, 256])
+def test_nan_is_seen_everywhere_and_ends_in_the_verdict(beyond, tmp_path):
+    found = evaluate(broken(beyond))
+    write_json(found, tmp_path / "evaluation.json")  # which refuses nan
+    protocols = found["protocols"]
+    for name, level in (("fixed_targets", "nats_per_token"), ("needle", "accuracy")):
+        for entry in protocols[name]["entries"] if name == "needle" else protocols[name]:
+            assert (entry[level] is None) == (entry["length"] > beyond)
+    assert all(head["keys"] == [None] * 3 for head in protocols["attention_mass"]["heads"])
+    text, shown = found["verdict"]["text"], evaluation_table(found)
+    if beyond:
+        assert (
+            "Holds to 256 tokens [256, 256] (paired, within 1%), is not finite at 512 and" in text
+        )
+        assert "retrieves to 256 tokens [256, 256]." in text
+        assert shown.count("not finite") > 10
+        assert (
+            "It does not hold at 512 tokens: on the same targets it is not finite. At 1024"
+            in (found["verdict"]["details"])
+        )
+    else:
+        assert text == (
+            "The loss at the training length is not finite, retrieves from no length reliably."
+        )
+        assert found["verdict"]["uses_context_to"] is None
+    evaluation_figure(found, tmp_path / "evaluation.png")
+    found |= {"versions": {}, "config": {"model": {"position": "alibi"}}}
+    (tmp_path / "config.json").write_text("{}")
+    write_json(found, tmp_path / "evaluation.json")
+    assert "not finite" in page(*read([tmp_path]))
 
 
 @pytest.mark.parametrize("reach", [64, 128, 256])

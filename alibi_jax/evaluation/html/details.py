@@ -81,10 +81,11 @@ def retrieval(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
 
 def _by_length(task: Mapping[str, Any]) -> list[tuple[float, float | None]]:
     lengths = sorted({entry["length"] for entry in task["entries"]})
-    return [
-        (n, statistics.mean(e["accuracy"] for e in task["entries"] if e["length"] == n))
-        for n in lengths
-    ]
+    found: list[tuple[float, float | None]] = []
+    for length in lengths:
+        rates = [e["accuracy"] for e in task["entries"] if e["length"] == length]
+        found.append((length, None if None in rates else statistics.mean(rates)))
+    return found
 
 
 def _needle_table(run: Run, task: Mapping[str, Any]) -> Html:
@@ -110,6 +111,8 @@ def _recall_table(recalls: Sequence[tuple[Run, Mapping[str, Any]]]) -> Html:
 
 def _accuracy(entry: Mapping[str, Any], chance: float) -> Cell:
     """An accuracy, shaded by how far it is above chance, if it surely is."""
+    if entry["accuracy"] is None:
+        return Cell(number(None), "heat0")
     above = (entry["accuracy"] - chance) / (1 - chance) if entry["interval"][0] > chance else 0.0
     percent = "{:.0%}".format
     content = lines(percent(entry["accuracy"]), small(bounds(entry["interval"], percent)))

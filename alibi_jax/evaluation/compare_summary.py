@@ -47,6 +47,7 @@ class Run(NamedTuple):
     seconds_per_step: float | None
     memory_bytes: int | None
     parameters: int
+    seconds_per_step_range: list[float] | None = None  # of 80% of the steps; earlier: not known
 
 
 def summarize(
@@ -172,6 +173,7 @@ def _method(
     own = {seed: scores[name, seed] for seed in seeds if (name, seed) in scores}
     others = {seed: scores[reference, seed] for seed in own if (reference, seed) in scores}
     timed = [run.seconds_per_step for run in ended.values() if run.seconds_per_step is not None]
+    ranges = [run.seconds_per_step_range for run in ended.values() if run.seconds_per_step_range]
     protocols = {
         protocol: _entries(protocol, own, {} if name == reference else others, counts)
         for protocol in (PROTOCOLS if own else ())
@@ -182,6 +184,9 @@ def _method(
         "parameters": first and first.parameters,
         "memory_bytes": first and first.memory_bytes,
         "seconds_per_step": statistics.median(timed) if timed else None,
+        "seconds_per_step_range": [min(low for low, _ in ranges), max(high for _, high in ranges)]
+        if ranges
+        else None,
         "runs": [
             {
                 "seed": seed,

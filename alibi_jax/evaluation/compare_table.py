@@ -15,6 +15,12 @@ _TITLES = {
     "nonoverlapping": "Nonoverlapping windows: all tokens (longer windows have fewer tokens near "
     "their start, so this falls with length even where more context does nothing)",
 }
+TIME = (
+    "median step, and in brackets where 80% of a run's steps lie, from the fastest run to the "
+    "slowest. Runs are timed as they train, one after the other, with all else that the machine "
+    "does then: methods whose brackets overlap cannot be told apart, nor those of one seed, where "
+    "the order may decide."
+)
 Row = Sequence[str]
 
 
@@ -211,16 +217,23 @@ def _costs(comparison: Mapping[str, Any]) -> str:
         [
             method["name"],
             _or_missing(method["parameters"], lambda n: f"{n:,}"),
-            _or_missing(method["seconds_per_step"], lambda t: f"{1e3 * t:,.1f}"),
+            _or_missing(method["seconds_per_step"], lambda t: f"{1e3 * t:,.1f}")
+            + milliseconds_range(method),
             _or_missing(method["memory_bytes"], lambda n: f"{n / 1e6:,.1f}"),
         ]
         for method in comparison["methods"]
     ]
     header = ["method", "parameters", "ms a step", "MB a step"]
     return (
-        "## Cost\n\nTime: median over the steps of all runs. Memory: state, batch and temporaries "
-        "of the compiled training step on one device.\n\n" + _markdown(header, rows)
+        f"## Cost\n\nTime: {TIME} Memory: state, batch and temporaries of the compiled training "
+        "step on one device.\n\n" + _markdown(header, rows)
     )
+
+
+def milliseconds_range(method: Mapping[str, Any]) -> str:
+    """Write the range of a method's steps after their median; an earlier version has none."""
+    bounds = method.get("seconds_per_step_range")
+    return f" [{1e3 * bounds[0]:,.1f}, {1e3 * bounds[1]:,.1f}]" if bounds else ""
 
 
 def _meanings(comparison: Mapping[str, Any]) -> str:

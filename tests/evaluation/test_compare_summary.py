@@ -43,7 +43,8 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32)
     evaluation["verdict"]["uses_context_to_interval"] = [32, context]
     evaluation["config"] = {"evaluation": {"num_bootstrap": 200, "split": "test"}}
     evaluation |= {"step": 40, "tokens_sha256": "ab"}
-    return Run("finished", None, evaluation, seconds, 10**7, 820_000)
+    spread = [0.9 * seconds, seconds + 0.2]
+    return Run("finished", None, evaluation, seconds, 10**7, 820_000, spread)
 
 
 # Three methods and three seeds. Seeds shift all methods alike, by much, so only pairs show that
@@ -193,6 +194,8 @@ def test_the_interval_over_documents_is_that_of_an_evaluation():
 def test_time_is_the_median_over_runs(comparison):
     better = comparison["methods"][2]
     assert better["seconds_per_step"] == pytest.approx(1.1)
+    assert better["seconds_per_step_range"] == pytest.approx([0.09, 2.3])  # over seeds
+    assert "| 1,100.0 [90.0, 2,300.0] |" in comparison_table(comparison)
     assert (better["memory_bytes"], better["parameters"]) == (10**7, 820_000)
 
 

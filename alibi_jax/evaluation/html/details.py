@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from alibi_jax.evaluation.compare_table import TIME, milliseconds_range
 from alibi_jax.evaluation.html.chart import Axis, Guides, Line, chart, legend
 from alibi_jax.evaluation.html.losses import (
     MISSING,
@@ -174,13 +175,14 @@ def cost(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Html | None:
             [
                 method["name"],
                 _known(method["parameters"], "{:,}".format),
-                _known(method["seconds_per_step"], _milliseconds),
+                _known(method["seconds_per_step"], _milliseconds) + milliseconds_range(method),
                 _known(method["memory_bytes"], lambda size: f"{size / 1e6:,.1f}"),
             ]
             for method in comparison.numbers["methods"]
         ]
         header = ["method", "parameters", "ms a step (median)", "MB a step on a device"]
         parts.append(table(f"Cost of training, {comparison.name}", header, rows))
+        parts.append(tag("p", small(f"Time: {TIME}")))
     timed = [
         [run.name, _milliseconds(statistics.median(times))]
         for run in runs

@@ -145,10 +145,10 @@ def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
     heads = mass["heads"]
     styles = zip(mass["quantiles"], (_ORANGE, _BLUE, "#009E73"), ("v", "o", "^"), strict=True)
     for index, (quantile, color, marker) in enumerate(styles):
-        number = [head["head"] + 1 for head in heads]
+        number = [head["head"] for head in heads]
         keys = [np.nan if head["keys"][index] is None else head["keys"][index] for head in heads]
         axes.scatter(number, keys, 9, color=color, marker=marker, alpha=0.7, linewidths=0)
-        sloped = {head["head"] + 1: head["slope_keys"] for head in heads if head["slope_keys"]}
+        sloped = {head["head"]: head["slope_keys"] for head in heads if head["slope_keys"]}
         expected = [sloped[head][index] for head in sorted(sloped)]
         axes.plot(sorted(sloped), expected, color=color, linewidth=1, label=f"{quantile:.0%}")
     axes.set_yscale("log", base=2)
@@ -158,8 +158,8 @@ def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
     axes.set_ylabel("nearest keys (tokens)")
     sloped_title = "; line: bias alone" if any(head["slope_keys"] for head in heads) else ""
     axes.set_title(f"share of attention{sloped_title}")
-    most = max(head["head"] for head in heads) + 1
-    axes.set_xticks(range(1, most + 1, -(-most // 12)))
+    count = max(head["head"] for head in heads) + 1
+    axes.set_xticks(range(0, count, -(-count // 12)))
     axes.spines[["top", "right"]].set_visible(False)
     handles, _ = axes.get_legend_handles_labels()
     axes.legend(handles, [f"{q:.0%}" for q in mass["quantiles"]], frameon=False, loc="best")

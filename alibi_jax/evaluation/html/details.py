@@ -209,8 +209,24 @@ def configs_of(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[s
     found = {run.name: run.config for run in runs if run.config}
     for comparison in comparisons:
         named = comparison.configs or {comparison.name: comparison.numbers.get("config") or {}}
-        found |= {name: config for name, config in named.items() if config}
+        trained = {run.group: run.config for run in comparison.runs if run.config}
+        found |= {
+            name: _completed(config, trained.get(name, {}))
+            for name, config in named.items()
+            if config
+        }
     return found
+
+
+def _completed(config: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a method, with what only its data said taken from that of a run."""
+    return {
+        section: {
+            field: trained.get(section, {}).get(field) if value is None else value
+            for field, value in fields.items()
+        }
+        for section, fields in config.items()
+    }
 
 
 def configs(given: Configs) -> Html | None:

@@ -133,6 +133,7 @@ def train_short_test_long(
             num_targets=config.evaluation.num_targets,
             bytes_per_token=per_token,
             num_bootstrap=config.evaluation.num_bootstrap,
+            left_out=[note] if note else [],
         )
         summary |= {"config": config.to_dict(), "versions": evaluation.versions()}
         if distributed.is_main():

@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ def summarize(
     num_targets: int,
     bytes_per_token: float,
     num_bootstrap: int,
+    left_out: Sequence[str],
 ) -> dict[str, Any]:
     """Reduce token losses to both protocols, with intervals and a verdict.
 
@@ -40,6 +41,7 @@ def summarize(
         num_targets: Tokens at the end of each window that the fixed-target protocol scores.
         bytes_per_token: UTF-8 bytes per token of the held-out text.
         num_bootstrap: Resamples behind each interval.
+        left_out: What was asked for and is not among the losses, and why, a line each.
 
     Returns:
         What `extrapolation.json` holds, without "config" and "versions". Every number is finite
@@ -80,6 +82,7 @@ def summarize(
         "train_length": train_length,
         "protocols": {"nonoverlapping": nonoverlapping, "fixed_targets": fixed_targets},
         "verdict": judged | {"floors": below},
+        "left_out": list(left_out),
         "num_windows": len(windows.tokens),
         "num_documents": num_documents,
         "windows_per_document": windows.per_document,

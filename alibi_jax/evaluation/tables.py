@@ -37,6 +37,7 @@ def table(summary: Mapping[str, Any]) -> str:
         )
     lines += [
         *textwrap.wrap(scored(summary), _WIDTH),
+        *_left_out(summary),
         "",
         *textwrap.wrap(summary["verdict"]["text"], _WIDTH),
     ]
@@ -64,6 +65,11 @@ def scored(found: Mapping[str, Any]) -> str:
         text += f"; {overlap['share']:.1%} of the tokens are in {overlap['ngram']}-grams of the "
         text += "training text"
     return f"{text}."
+
+
+def _left_out(found: Mapping[str, Any]) -> list[str]:
+    """What was asked for and is not measured, said again beside the numbers."""
+    return [row for line in found["left_out"] for row in textwrap.wrap(f"{line}.", _WIDTH)]
 
 
 def _or(write: Callable[[float], str], number: float | None) -> str:
@@ -96,7 +102,7 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     notes = [scored(found)]
     notes += few_documents(found["unit"], found["num_documents"])
     notes += much_seen(found["training_overlap"]["share"])
-    lines += [*textwrap.wrap(" ".join(notes), _WIDTH), ""]
+    lines += [*textwrap.wrap(" ".join(notes), _WIDTH), *_left_out(found), ""]
     verdict = found["verdict"]
     lines += textwrap.wrap(verdict["text"], _WIDTH)
     if verdict["warning"]:

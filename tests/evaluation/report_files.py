@@ -40,6 +40,7 @@ def summary(growth=0.0, lengths=(16, 32, 64), num_documents=4):
         num_targets=8,
         bytes_per_token=1.0,
         num_bootstrap=100,
+        left_out=[],
     )
 
 

@@ -37,6 +37,7 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32)
         num_targets=8,
         bytes_per_token=2.0,
         num_bootstrap=200,
+        left_out=[],
     )
     evaluation["left_out"] = []
     evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None, "warning": None}

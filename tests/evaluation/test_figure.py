@@ -29,6 +29,7 @@ def summary_of(losses, num_documents=4):
         num_targets=8,
         bytes_per_token=1.0,
         num_bootstrap=100,
+        left_out=[],
     )
 
 

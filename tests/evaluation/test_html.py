@@ -279,7 +279,7 @@ def failing(capsys, *arguments):
 
 
 def test_bad_input_ends_in_one_line(tmp_path, capsys):
-    run, empty = report_files.run(tmp_path / "run"), tmp_path / "empty"
+    run, empty = report_files.run(tmp_path / "run"), tmp_path / "empty.html"
     empty.mkdir()
     extrapolation = (run / "extrapolation.json").read_text()
     before = sorted(tmp_path.rglob("*"))
@@ -290,6 +290,11 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys):
     assert "--theme is not known" in failing(capsys, run, "--theme=dark")
     assert "is no directory" in failing(capsys, run, f"--output={tmp_path}/none/x.html")
     assert "cannot be written" in failing(capsys, run, f"--output={empty}")
+    for name in ("x.pdf", "x", "x.html.gz"):
+        assert "give a name that ends in .html" in failing(
+            capsys, run, f"--output={tmp_path}/{name}"
+        )
+        assert not (tmp_path / name).exists()
     for content, message in (
         ("{", "cannot read"),
         ("[]", "no JSON object"),

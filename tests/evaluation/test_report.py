@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from alibi_jax.evaluation import Windows, evaluate, summarize, table, versions, write_json
 from alibi_jax.evaluation.ngrams import NgramLosses
+from alibi_jax.evaluation.windows import supported_lengths
 
 LENGTHS = (16, 32, 64, 128)
 NUM_TARGETS = 8
@@ -54,7 +56,7 @@ def not_finite_beyond_32(tokens):
     return early_tokens(tokens) + np.where(position(tokens) > 32, np.inf, 0).astype(np.float32)
 
 
-def report(loss_fn, windows=None, lengths=LENGTHS, floor=9.0):
+def report(loss_fn, windows=None, lengths=LENGTHS, floor=9.0, left_out=()):
     """The report of a model, and of n-grams that cost so many nats for every token, or more."""
     windows = windows or windows_of()
     losses = evaluate(loss_fn, windows, lengths, tokens_per_batch=512)
@@ -68,6 +70,7 @@ def report(loss_fn, windows=None, lengths=LENGTHS, floor=9.0):
         num_targets=NUM_TARGETS,
         bytes_per_token=BYTES_PER_TOKEN,
         num_bootstrap=500,
+        left_out=left_out,
     )
 
 
@@ -176,6 +179,14 @@ def test_the_training_length_alone_says_nothing_about_longer_ones():
     summary = report(unigram, lengths=(16,))
     assert summary["verdict"]["holds_to"] == 16
     assert "says nothing about longer ones" in summary["verdict"]["text"]
+
+
+def test_a_length_that_was_asked_for_and_cannot_be_is_named_beside_the_numbers():
+    documents = types.SimpleNamespace(tokens=np.arange(300), offsets=np.array([0, 150, 300]))
+    lengths, note = supported_lengths(documents, (16, 32, 3200), "documents")
+    summary = report(early_tokens, lengths=lengths, left_out=[note])
+    assert lengths == (16, 32) and "left out: 3200" in note
+    assert summary["left_out"] == [note] and f"{note}." in " ".join(table(summary).split())
 
 
 def test_one_document_has_no_intervals_and_says_so():

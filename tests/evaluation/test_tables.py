@@ -11,6 +11,7 @@ def table_of(protocols, **verdict):
             "lengths": [64],
             "training_overlap": {"ngram": 13, "share": 0.25, "num_searched": 1000},
             "num_copies": 2,
+            "left_out": ["evaluation lengths left out: 128 (too long)"],
             "num_targets": 8,
             "num_windows": 3,
             "num_documents": 3,
@@ -43,5 +44,5 @@ def test_the_text_is_named_with_its_copies_and_what_training_has_of_it():
         "3 windows of 64 tokens from 3 documents (2 documents left out as copies of others); 25.0% "
         "of the tokens are in 13-grams of the training text. Intervals are wide, of only 3 "
         "documents. 25% of the tokens stand in the training text as well: losses of new text would "
-        "be higher."
+        "be higher. evaluation lengths left out: 128 (too long)."
     ) in text

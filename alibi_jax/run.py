@@ -117,15 +117,24 @@ def train_short_test_long(
                 tokens_per_batch=config.evaluation.tokens_per_batch,
                 batch_multiple=mesh.shape["data"] * mesh.shape["fsdp"],
             )
+            overlap = evaluation.training_overlap(
+                corpus.train.tokens, windows.tokens, windows.bytes_per_token()
+            )
+            ngrams = evaluation.ngram_losses(
+                corpus.train.tokens, windows.tokens, corpus.tokenizer.vocab_size
+            )
 
         # Report.
         summary = evaluation.summarize(
             losses,
+            ngrams,
             windows,
+            overlap,
             train_length=config.data.sequence_length,
             num_targets=config.evaluation.num_targets,
             tokenizer=corpus.tokenizer,
             num_bootstrap=config.evaluation.num_bootstrap,
+            left_out=[note] if note else [],
         )
         summary |= {"config": config.to_dict(), "versions": evaluation.versions()}
         if distributed.is_main():

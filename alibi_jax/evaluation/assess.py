@@ -12,9 +12,11 @@ from alibi_jax.errors import UserError
 from alibi_jax.evaluation import judgement, protocols, retrieval
 from alibi_jax.evaluation.bootstrap import document_sums, resamples
 from alibi_jax.evaluation.config import EvaluationConfig
+from alibi_jax.evaluation.ngrams import ngram_losses
+from alibi_jax.evaluation.overlap import training_overlap
 from alibi_jax.evaluation.protocols import WindowedLossFn
 from alibi_jax.evaluation.reach import MassFn, attention_mass
-from alibi_jax.evaluation.report import by_length, compared, loss, units
+from alibi_jax.evaluation.report import by_length, compared, floors, loss, units
 from alibi_jax.evaluation.verdict import Entry, Level
 from alibi_jax.evaluation.windows import (
     TokenizedDocuments,
@@ -65,7 +67,9 @@ class Setting(NamedTuple):
 
     config: EvaluationConfig
     train_length: int
+    training: np.ndarray  # tokens of the training text
     windows: Windows
+    overlap: dict[str, Any]  # of the windows with that text
     lengths: tuple[int, ...]
     counts: np.ndarray  # of the bootstrap
     tokenizer: Tokenizer
@@ -96,6 +100,7 @@ class Setting(NamedTuple):
 def assess(
     scorer: Scorer,
     held_out: TokenizedDocuments,
+    training: np.ndarray,
     tokenizer: Tokenizer,
     config: EvaluationConfig,
     *,
@@ -112,7 +117,8 @@ def assess(
     Args:
         scorer: The model.
         held_out: Held-out documents.
-        tokenizer: Of these documents.
+        training: Tokens of the training text, int [M], whose n-grams the model is compared with.
+        tokenizer: Of these texts.
         config: How to evaluate; its multiples are not used.
         train_length: Tokens per training window, the first of the lengths.
         lengths: Tokens per window, each a multiple of the one before.
@@ -133,15 +139,18 @@ def assess(
     windows = longest_windows(
         held_out, longest=kept[-1], num_windows=config.num_windows, packing=packing
     )
+    earlier = earlier or {"protocols": {}, "verdict": {}, "left_out": []}
+    overlap = earlier.get("training_overlap")
     setting = Setting(
         config,
         train_length,
+        training,
         windows,
+        overlap or training_overlap(training, windows.tokens, windows.bytes_per_token()),
         kept,
         resamples(len(np.unique(windows.document)), config.num_bootstrap),
         tokenizer,
     )
-    earlier = earlier or {"protocols": {}, "verdict": {}, "left_out": []}
     measured, judged = dict(earlier["protocols"]), dict(earlier["verdict"])
     mass = measured.get("attention_mass") if "attention_mass" in wanted else None
     if mass is not None and mass["length"] != _length_at_once(setting):
@@ -173,6 +182,8 @@ def assess(
             "num_documents": setting.num_documents,
             "windows_per_document": windows.per_document,
             "unit": windows.unit,
+            "num_copies": windows.copies,
+            "training_overlap": setting.overlap,
             "tokens_sha256": hashlib.sha256(windows.tokens.astype("<i4").tobytes()).hexdigest(),
             "num_targets": config.num_targets,
             **units(windows, tokenizer),
@@ -228,12 +239,21 @@ def _of_windows(scorer: Scorer, setting: Setting) -> Task:
             "fixed_targets": fixed_entries,
             "by_position": _by_position(losses, setting),
         }
+        below = floors(
+            ngram_losses(setting.training, windows.tokens, setting.tokenizer.vocab_size),
+            losses[setting.train_length],
+            config.num_targets,
+            windows,
+            setting.counts,
+        )
         verdict = judgement.holding(
             whole_entries,
             fixed_entries,
+            below,
             judgement.holds_interval(fixed, windows.document, setting.counts),
             unit=windows.unit,
             num_documents=setting.num_documents,
+            overlap=setting.overlap["share"],
         )
         return found, verdict
 

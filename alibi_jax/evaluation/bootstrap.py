@@ -128,7 +128,7 @@ def wilson(hits: np.ndarray) -> list[float]:
     to see, and it is the number of trials.
 
     Args:
-        hits: bool [num_trials, P].
+        hits: bool or 0 and 1 [num_trials, P].
 
     Returns:
         [low, high].

@@ -58,6 +58,7 @@ from alibi_jax.evaluation.compare_summary import PROTOCOLS, Run, summarize
 from alibi_jax.evaluation.compare_table import comparison_table
 from alibi_jax.evaluation.report import versions, write_json
 from alibi_jax.evaluation.run import numbers_file, parse_protocols
+from alibi_jax.evaluation.windows import supported_lengths
 from alibi_jax.files import write_text
 from alibi_jax.training import compilation_cache, loop, workdir
 
@@ -120,6 +121,13 @@ def compare(
     base = methods[0].config
     corpus = data.load_corpus(base.data)
     loop.check_data(base, corpus)
+    _, note = supported_lengths(
+        getattr(corpus, base.evaluation.split),
+        base.evaluation.lengths(base.data.sequence_length),
+        base.data.packing,
+    )
+    if note:
+        print(note, flush=True)
     num_steps, seeds = base.training.num_steps, [base.training.seed + i for i in range(num_seeds)]
     planned = [(method, seed) for seed in seeds for method in methods]
     paths = {(m.name, seed): directory / m.trained_as / f"seed-{seed}" for m, seed in planned}

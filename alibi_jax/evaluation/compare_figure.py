@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from alibi_jax.evaluation.figure import save
+from alibi_jax.evaluation.ngrams import NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -62,11 +63,13 @@ def drawn(comparison: Mapping[str, Any]) -> "Figure":
             figure.suptitle(f"partial: {done} of {planned} runs are finished", fontsize=8)
         if not methods:
             return figure
-        low, high = _limits([method for method, _ in methods])
+        floors = comparison.get("floors", {})  # an earlier version has none
+        low, high = _limits([method for method, _ in methods], floors)
         cut = {}
         for axes, protocol in zip(panels, _TITLES, strict=True):
             _length_axis(axes, comparison["lengths"], comparison["train_length"])
             _loss_axis(axes, low, high)
+            _floors(axes, floors.get(protocol, ()))
             of_methods = [
                 _curve(axes, method["name"], method["protocols"][protocol], style, high)
                 for method, style in methods
@@ -102,8 +105,28 @@ def _style(index: int, is_reference: bool) -> dict[str, Any]:
     }
 
 
-def _limits(methods: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
-    """The range of bits per byte that both panels show."""
+def _floors(axes: "Axes", floors: Sequence[Mapping[str, Any]]) -> None:
+    """Dashed lines at n-grams of the training text, where the axis reaches them."""
+    for floor in floors:
+        value = floor["bits_per_byte"]
+        axes.axhline(value, color="0.3", linestyle="--", linewidth=0.8, zorder=1)
+        axes.annotate(
+            NAMES[floor["n"]],
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 1),
+            textcoords="offset points",
+            horizontalalignment="right",
+            color="0.3",
+            fontsize=_SMALL,
+            annotation_clip=True,
+        )
+
+
+def _limits(
+    methods: Sequence[Mapping[str, Any]], floors: Mapping[str, Sequence[Mapping[str, Any]]]
+) -> tuple[float, float]:
+    """The range of bits per byte that both panels show: all but what rises, and lowest floors."""
     entries = [entry for method in methods for p in _TITLES for entry in method["protocols"][p]]
     values = [entry["bits_per_byte"] for entry in entries if entry["bits_per_byte"]]
     at_training_length = [
@@ -112,8 +135,9 @@ def _limits(methods: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
     if not np.isfinite(at_training_length).any():
         return 1.0, 8.0
     best, worst = np.nanmin(at_training_length), np.nanmax(at_training_length)
-    high = min(max(_ABOVE_BEST * best, _ABOVE_WORST * worst), 1.03 * max(values))
-    return 0.98 * min(values), float(high)
+    lowest = [min(f["bits_per_byte"] for f in entries) for entries in floors.values() if entries]
+    high = min(max(_ABOVE_BEST * best, _ABOVE_WORST * worst), 1.03 * max(values + lowest))
+    return 0.98 * min(values + lowest), float(max([high, *(1.03 * floor for floor in lowest)]))
 
 
 def _curve(

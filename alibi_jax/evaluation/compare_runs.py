@@ -3,12 +3,12 @@
 import gc
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import tqdm
 
 from alibi_jax.config import Config
@@ -133,7 +133,7 @@ def perform(
     result = {
         "status": status,
         "message": message,
-        "seconds_per_step": _seconds_per_step(directory),
+        **_seconds_per_step(directory),
         **cost._asdict(),
     }
     if status in (FINISHED, "diverged"):
@@ -147,9 +147,16 @@ def _out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _seconds_per_step(directory: Path) -> float | None:
-    """The median over the intervals of metrics.jsonl of their median step; None without any."""
+def _seconds_per_step(directory: Path) -> dict[str, Any]:
+    """The median of the steps of a run and the range that 80% of them lie in; None without any.
+
+    Both are of the intervals of metrics.jsonl, by their median step; without the first, in which
+    caches fill, if there are others.
+    """
     path = directory / Logs.METRICS
     lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
     times = [line["step_seconds_p50"] for line in lines if "step_seconds_p50" in line]
-    return statistics.median(times) if times else None
+    if not times:
+        return {"seconds_per_step": None, "seconds_per_step_range": None}
+    low, median, high = np.percentile(times[1:] or times, (10, 50, 90)).tolist()
+    return {"seconds_per_step": median, "seconds_per_step_range": [low, high]}

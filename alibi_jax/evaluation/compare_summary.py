@@ -13,7 +13,7 @@ from alibi_jax.evaluation.bootstrap import interval, resamples
 from alibi_jax.evaluation.compare_statistics import estimate, p_value, t_interval
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.report import finite, perplexity
-from alibi_jax.evaluation.verdict import TOLERANCE, percent
+from alibi_jax.evaluation.verdict import TOLERANCE, not_finite, percent, why_none
 
 PROTOCOLS = ("nonoverlapping", "fixed_targets")
 # What each number of an entry is; kept in the file and written under the table.
@@ -27,6 +27,7 @@ MEANINGS = {
     "the same tokens",
     "p_value": "two-sided, paired t test over seeds; not corrected for the number of methods, nor "
     "for the choice of a leader",
+    "floors": "n-grams of the training text on the same tokens",
     "relative_change": "of a seed's loss against its own at the training length, mean over seeds; "
     "its interval is Student's t over seeds, its document_interval as above",
 }
@@ -46,6 +47,7 @@ class Run(NamedTuple):
     seconds_per_step: float | None
     memory_bytes: int | None
     parameters: int
+    seconds_per_step_range: list[float] | None = None  # of 80% of the steps; earlier: not known
 
 
 def summarize(
@@ -83,7 +85,9 @@ def summarize(
     }
     counts = np.zeros((0, 0))
     if evaluations:
-        summary |= _shared(evaluations)
+        summary |= _shared(evaluations) | {"floors": _floors(evaluations)}
+        # Which earlier versions do not know.
+        summary |= {name: evaluations[0].get(name) for name in ("num_copies", "training_overlap")}
         num_bootstrap = evaluations[0]["config"]["evaluation"]["num_bootstrap"]
         counts = resamples(summary["num_documents"], num_bootstrap)
     scores = {key: _Scores(evaluation) for key, evaluation in finished.items()}
@@ -123,6 +127,20 @@ def _shared(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return first
 
 
+def _floors(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """What n-grams make of the tokens of each protocol: the same in every run.
+
+    Evaluations of earlier versions have none.
+    """
+    names = ("n", "nats_per_token", "interval", "bits_per_byte", "perplexity")
+    known = [one["verdict"]["floors"] for one in evaluations if "floors" in one["verdict"]]
+    floors = known[0] if known else {}
+    return {
+        protocol: [{name: floor[name] for name in names} for floor in floors.get(protocol, ())]
+        for protocol in PROTOCOLS
+    }
+
+
 class _Scores:
     """Totals of each document in the evaluation of one run."""
 
@@ -160,6 +178,7 @@ def _method(
     own = {seed: scores[name, seed] for seed in seeds if (name, seed) in scores}
     others = {seed: scores[reference, seed] for seed in own if (reference, seed) in scores}
     timed = [run.seconds_per_step for run in ended.values() if run.seconds_per_step is not None]
+    ranges = [run.seconds_per_step_range for run in ended.values() if run.seconds_per_step_range]
     protocols = {
         protocol: _entries(protocol, own, {} if name == reference else others, counts)
         for protocol in (PROTOCOLS if own else ())
@@ -170,6 +189,9 @@ def _method(
         "parameters": first and first.parameters,
         "memory_bytes": first and first.memory_bytes,
         "seconds_per_step": statistics.median(timed) if timed else None,
+        "seconds_per_step_range": [min(low for low, _ in ranges), max(high for _, high in ranges)]
+        if ranges
+        else None,
         "runs": [
             {
                 "seed": seed,
@@ -292,42 +314,30 @@ def _verdict(
     """How far the loss on fixed targets holds: at most 1% above the training length's.
 
     Judged by the mean over seeds at each length; the intervals say whether other seeds or other
-    documents might say otherwise. How far context is used and text retrieved is a list of what the
-    verdict of each run says, where the protocols for that were asked for.
+    documents might say otherwise. A method with a run that learned too little is not judged. How
+    far context is used and text retrieved is a list of what the verdict of each run says, where the
+    protocols for that were asked for.
     """
 
     def holds(entry: Mapping[str, Any]) -> bool:
         return entry["relative_change"] is not None and entry["relative_change"] <= TOLERANCE
 
     held = len(list(itertools.takewhile(holds, fixed[1:])))
-    to, longest = fixed[held], held + 1 == len(fixed)
-    factor = to["length"] / fixed[0]["length"]
-    if fixed[0]["nats_per_token"] is None:
-        text = "the loss at the training length is not finite"
-    elif len(fixed) == 1:
-        text = "evaluated at the training length only"
-    elif held:
-        text = f"holds to {to['length']} ({factor:g}x{', the longest' if longest else ''})"
-        text += f": {_change(to)}"
-    else:
-        text = "does not hold beyond the training length"
-    if not longest and fixed[0]["nats_per_token"] is not None:
-        text += f"; at {fixed[held + 1]['length']}: {_change(fixed[held + 1])}"
-    deciding = fixed[1 : held + 2]
-    doubts = [
-        f"over {what}"
-        for what, name in _INTERVALS.items()
-        if any(entry[name] and entry[name][0] <= TOLERANCE < entry[name][1] for entry in deciding)
-    ]
-    if doubts:
-        text += f" (not certain: an interval {' and one '.join(doubts)} contains +1%)"
-    verdict: dict[str, Any] = {"text": text, "holds_to": to["length"], "holds_factor": factor}
+    holds_to, factor = fixed[held]["length"], fixed[held]["length"] / fixed[0]["length"]
+    reason = _why_none(fixed, of_runs)
+    compared = all("learned" in one for one in of_runs)  # an earlier version did not
+    verdict: dict[str, Any] = {
+        "text": reason or _holding(fixed, held),
+        "learned": reason is None if compared else None,
+        "holds_to": None if reason else holds_to,
+        "holds_factor": None if reason else factor,
+    }
     verdict["warning_seeds"] = [one["warning"] for one in of_runs]
     for name, words in (("uses_context_to", "uses context"), ("retrieves_to", "retrieves")):
         values = [one[name] for one in of_runs]
         verdict[f"{name}_seeds"] = values
         known = sorted(value for value in values if value is not None)
-        if len(known) == len(values):
+        if len(known) == len(values) and (not reason or name == "retrieves_to"):
             ends = [ends for one in of_runs if (ends := one.get(f"{name}_interval"))]
             low, high = min(known + [a for a, _ in ends]), max(known + [b for _, b in ends])
             span = "–".join(map(str, sorted({known[0], known[-1]})))
@@ -336,6 +346,45 @@ def _verdict(
             span += f" [{low}, {high}]" if ends else ""
             verdict["text"] += f"; {words} " + (f"to {span}" if known[-1] else "nothing reliably")
     return verdict
+
+
+def _why_none(
+    fixed: Sequence[Mapping[str, Any]], of_runs: Sequence[Mapping[str, Any]]
+) -> str | None:
+    """Say why a method is not judged; None if it is."""
+    if fixed[0]["nats_per_token"] is None:
+        return why_none(None)
+    failed = [one["closest_ngram"] for one in of_runs if one.get("learned") is False]
+    if not failed:
+        return None
+    some = f" in {len(failed)} of {len(of_runs)} seeds" if len(failed) < len(of_runs) else ""
+    return why_none(failed[0]) + some
+
+
+def _holding(fixed: Sequence[Mapping[str, Any]], held: int) -> str:
+    """Say how far the loss holds, `held` lengths beyond the training length, and how sure it is."""
+    if len(fixed) == 1:
+        return "evaluated at the training length only"
+    to, longest = fixed[held], held + 1 == len(fixed)
+    if held:
+        factor = to["length"] / fixed[0]["length"]
+        text = f"holds to {to['length']} ({factor:g}x{', the longest' if longest else ''})"
+        text += f": {_change(to)}"
+    else:
+        text = "does not hold beyond the training length"
+    if not longest:
+        text += f"; at {fixed[held + 1]['length']}: {_change(fixed[held + 1])}"
+        beyond = not_finite(fixed[held + 2 :])
+        text += f"; not finite at {beyond}" if beyond else ""
+    deciding = fixed[1 : held + 2]
+    doubts = [
+        f"over {what}"
+        for what, name in _INTERVALS.items()
+        if any(entry[name] and entry[name][0] <= TOLERANCE < entry[name][1] for entry in deciding)
+    ]
+    if doubts:
+        text += f" (not certain: an interval {' and one '.join(doubts)} contains +1%)"
+    return text
 
 
 def _change(entry: Mapping[str, Any]) -> str:

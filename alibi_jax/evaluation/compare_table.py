@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from alibi_jax.evaluation.compare_summary import MEANINGS
+from alibi_jax.evaluation.ngrams import NAMES
+from alibi_jax.evaluation.tables import scored
 from alibi_jax.evaluation.verdict import percent
 
 _TITLES = {
@@ -13,6 +15,12 @@ _TITLES = {
     "nonoverlapping": "Nonoverlapping windows: all tokens (longer windows have fewer tokens near "
     "their start, so this falls with length even where more context does nothing)",
 }
+TIME = (
+    "median step, and in brackets where 80% of a run's steps lie, from the fastest run to the "
+    "slowest. Runs are timed as they train, one after the other, with all else that the machine "
+    "does then: methods whose brackets overlap cannot be told apart, nor those of one seed, where "
+    "the order may decide."
+)
 Row = Sequence[str]
 
 
@@ -80,6 +88,13 @@ def findings(comparison: Mapping[str, Any]) -> list[str]:
             f"loss on the same targets {to}. A lead at the training length says nothing about "
             "longer inputs."
         )
+    unlearned = [name for name, m in methods.items() if m["verdict"].get("learned") is False]
+    if unlearned:
+        found.append(
+            f"Not judged: {', '.join(unlearned)}. A loss that is not finite, or not clearly below "
+            "that of short n-grams of the training text, says nothing about longer inputs, however "
+            "it changes with length."
+        )
     misleading = [
         name
         for name, method in methods.items()
@@ -134,6 +149,9 @@ def _losses(comparison: Mapping[str, Any], protocol: str) -> str:
         count = sum(run["status"] == "finished" for run in method["runs"])
         cells = [_level(entry) for entry in entries] if entries else ["missing"] * len(lengths)
         rows.append([method["name"], str(count), *cells])
+    for floor in comparison.get("floors", {}).get(protocol, ()):  # earlier versions have none
+        name = f"{NAMES[floor['n']]} of the training text"
+        rows.append([name, "–", *[f"{floor['bits_per_byte']:.4f}"] * len(lengths)])
     return "Bits per byte, mean ± half of the 95% interval over seeds.\n\n" + _markdown(
         ["method", "seeds", *factors], rows
     )
@@ -199,26 +217,30 @@ def _costs(comparison: Mapping[str, Any]) -> str:
         [
             method["name"],
             _or_missing(method["parameters"], lambda n: f"{n:,}"),
-            _or_missing(method["seconds_per_step"], lambda t: f"{1e3 * t:,.1f}"),
+            _or_missing(method["seconds_per_step"], lambda t: f"{1e3 * t:,.1f}")
+            + milliseconds_range(method),
             _or_missing(method["memory_bytes"], lambda n: f"{n / 1e6:,.1f}"),
         ]
         for method in comparison["methods"]
     ]
     header = ["method", "parameters", "ms a step", "MB a step"]
     return (
-        "## Cost\n\nTime: median over the steps of all runs. Memory: state, batch and temporaries "
-        "of the compiled training step on one device.\n\n" + _markdown(header, rows)
+        f"## Cost\n\nTime: {TIME} Memory: state, batch and temporaries of the compiled training "
+        "step on one device.\n\n" + _markdown(header, rows)
     )
+
+
+def milliseconds_range(method: Mapping[str, Any]) -> str:
+    """Write the range of a method's steps after their median; an earlier version has none."""
+    bounds = method.get("seconds_per_step_range")
+    return f" [{1e3 * bounds[0]:,.1f}, {1e3 * bounds[1]:,.1f}]" if bounds else ""
 
 
 def _meanings(comparison: Mapping[str, Any]) -> str:
     text = "\n".join(f"- `{name}`: {meaning}." for name, meaning in MEANINGS.items())
     if comparison["lengths"]:
-        text += (
-            f"\n\nAll methods and lengths score the same {comparison['num_windows']} windows of "
-            f"{comparison['lengths'][-1]} tokens from "
-            f"{_plural(comparison['num_documents'], comparison['unit'])}."
-        )
+        text += "\n\nAll methods and lengths score the same tokens: "
+        text += scored(comparison)
     if comparison["left_out"]:
         text += "\n\n" + "\n".join(f"- {line}" for line in comparison["left_out"])
     return f"## What the numbers are\n\n{text}"

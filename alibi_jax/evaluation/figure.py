@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from alibi_jax.evaluation.ngrams import NAMES
 from alibi_jax.evaluation.verdict import TOLERANCE
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def extrapolation_figure(summary: Mapping[str, Any], path: Path, title: str | No
                 color="0.3",
                 fontsize=7,
             )
+        floor_lines(level, summary["verdict"])
         level.set_ylabel("bits per byte")
         level.legend(frameon=False)
         change_axis(change)
@@ -103,6 +105,38 @@ def curve(
     bounds = np.array([entry[interval] or (np.nan, np.nan) for entry in entries]) * scale
     axes.plot(lengths, values, markersize=4, linewidth=1.3, **style)
     axes.fill_between(lengths, *bounds.T, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def floor_lines(axes: "Axes", verdict: Mapping[str, Any]) -> None:
+    """Draw what n-grams of the training text make of the same tokens, in the protocol's colour.
+
+    The axis reaches as far as the lowest; the others are seen where it reaches them.
+    """
+    floors = [
+        (floor["bits_per_byte"], NAMES[floor["n"]], STYLES[protocol]["color"])
+        for protocol in ("nonoverlapping", "fixed_targets")
+        for floor in verdict.get("floors", {}).get(protocol, ())  # earlier versions have none
+    ]
+    if not floors:
+        return
+    lowest = min(floors)[0]
+    curves = axes.dataLim.intervaly
+    seen = [*curves[np.isfinite(curves)], lowest]
+    margin = 0.05 * (max(seen) - min(seen)) or 1.0
+    axes.set_ylim(min(seen) - margin, max(seen) + margin)
+    for value, name, color in floors:
+        axes.axhline(value, color=color, linestyle="--", linewidth=0.8, zorder=1)
+        axes.annotate(
+            name,
+            (1, value),
+            xycoords=("axes fraction", "data"),
+            xytext=(-2, 1),
+            textcoords="offset points",
+            horizontalalignment="right",
+            color=color,
+            fontsize=6,
+            annotation_clip=True,
+        )
 
 
 def length_axis(axes: "Axes", lengths: Sequence[int], train_length: int) -> None:

@@ -25,7 +25,14 @@ import numpy as np
 from alibi_jax.evaluation.bootstrap import document_sums, interval_of_a_length
 from alibi_jax.evaluation.protocols import SHORTEST_WINDOW
 from alibi_jax.evaluation.retrieval import retrieves_to
-from alibi_jax.evaluation.verdict import TOLERANCE, Entry, relative_change, verdict
+from alibi_jax.evaluation.verdict import (
+    TOLERANCE,
+    Entry,
+    not_finite,
+    relative_change,
+    verdict,
+    why_none,
+)
 
 CONTEXT_TOLERANCE = 0.005  # context beyond is not used if it lowers the loss by less than this
 
@@ -92,18 +99,37 @@ def retrieval_range(task: dict[str, Any]) -> dict[str, Any]:
 def holding(
     nonoverlapping: list[Entry],
     fixed_targets: list[Entry],
+    floors: dict[str, Any],
     interval: list[int] | None,
     *,
     unit: str,
     num_documents: int,
+    overlap: float,
 ) -> dict[str, Any]:
-    """Find X: what `verdict` finds, its words as "details", with an interval and a warning."""
-    found = verdict(nonoverlapping, fixed_targets, unit=unit, num_documents=num_documents)
-    known = fixed_targets[0]["nats_per_token"] is not None
+    """Find X: what `verdict` finds, its words as "details", with an interval and a warning.
+
+    Args:
+        nonoverlapping: As for `verdict`.
+        fixed_targets: As for `verdict`.
+        floors: From `report.floors`.
+        interval: From `holds_interval`.
+        unit: As for `verdict`.
+        num_documents: As for `verdict`.
+        overlap: As for `verdict`.
+    """
+    found = verdict(
+        nonoverlapping,
+        fixed_targets,
+        floors["nonoverlapping"],
+        unit=unit,
+        num_documents=num_documents,
+        overlap=overlap,
+    )
     return {
         **found,
-        "holds_to": found["holds_to"] if known else None,
-        "holds_to_interval": interval if known else None,
+        "floors": floors,
+        "holds_to_interval": interval if found["learned"] else None,
+        "not_finite_at": not_finite(fixed_targets),
         "details": found["text"],
         "warning": warning(nonoverlapping, fixed_targets),
     }
@@ -160,22 +186,31 @@ def conclude(judged: Mapping[str, Any], longest: int) -> dict[str, Any]:
     Returns:
         "text", one line; "holds_to", "uses_context_to", "retrieves_to" and "layer_window" in
         tokens, each with its "..._interval" and "..._protocol"; "warning"; and what `holding` adds.
+        How much context is used is None, too, where the model learned too little to say.
     """
-    complete: dict[str, Any] = {"text": "", "warning": None}
+    complete: dict[str, Any] = {"text": "", "warning": None, "learned": None}
     for name, protocol in MEASURED_BY.items():
         complete |= {name: None, f"{name}_interval": None, f"{name}_protocol": protocol}
     complete |= judged
+    if complete["learned"] is False:
+        for name in ("uses_context_to", "layer_window"):
+            complete |= {name: None, f"{name}_interval": None}
     return complete | {"text": sentence(complete, longest)}
 
 
 def sentence(judged: Mapping[str, Any], longest: int) -> str:
     """Write the verdict in one line; `longest` is the longest length that was measured."""
     parts = []
+    if judged["learned"] is False:
+        parts.append(why_none(judged["closest_ngram"]))
     if judged["holds_to"] is not None:
         within = f"(paired, within {100 * TOLERANCE:g}%)"
         parts.append(f"holds to {_tokens(judged, 'holds_to', longest)} {within}")
+        if judged.get("not_finite_at"):  # a file of an earlier version does not say
+            parts.append(f"is not finite at {judged['not_finite_at']}")
     if judged["uses_context_to"] is not None:
-        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}")
+        unknown = "" if judged["learned"] else " (compared with n-grams only by fixed_targets)"
+        parts.append(f"uses context to {_tokens(judged, 'uses_context_to', longest)}{unknown}")
     if judged["retrieves_to"]:
         parts.append(f"retrieves to {_tokens(judged, 'retrieves_to', longest)}")
     elif judged["retrieves_to"] == 0:

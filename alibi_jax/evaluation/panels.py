@@ -10,6 +10,7 @@ from alibi_jax.evaluation.figure import (
     STYLES,
     change_axis,
     curve,
+    floor_lines,
     length_axis,
     save,
     tokens_text,
@@ -69,6 +70,7 @@ def _levels(axes: "Axes", found: Mapping[str, Any]) -> None:
     present = _present(found)
     for name, entries in present.items():
         curve(axes, entries, "bits_per_byte", "bits_per_byte_interval", 1, STYLES[name])
+    floor_lines(axes, found["verdict"])
     length_axis(axes, _lengths(present), found["train_length"])
     axes.set_ylabel("bits per byte")
     axes.set_title("loss")
@@ -96,6 +98,7 @@ def _by_position(axes: "Axes", found: Mapping[str, Any]) -> None:
     style = {"color": _BLUE, "marker": "."}
     curve(axes, at, "bits_per_byte", "bits_per_byte_interval", 1, style)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(middles[0] / 1.4, middles[-1] * 1.4)  # also where no loss is finite
     _thin_ticks(axes, found["protocols"]["by_position"]["length"])
     axes.axvline(found["train_length"], color=_GREY, linestyle=":", linewidth=1)
     _note(axes, found["train_length"], "training length")
@@ -105,6 +108,7 @@ def _by_position(axes: "Axes", found: Mapping[str, Any]) -> None:
 
 
 def _truncation(axes: "Axes", found: Mapping[str, Any]) -> None:
+    settings: list[int] = []
     for name, what, style in (
         ("truncated_input", "context", {"label": "last tokens", "color": _BLUE, "marker": "o"}),
         (
@@ -116,8 +120,10 @@ def _truncation(axes: "Axes", found: Mapping[str, Any]) -> None:
         if name in found["protocols"]:
             entries = [{**e, "length": e[what]} for e in found["protocols"][name]]
             curve(axes, entries, "relative_change", "relative_change_interval", 100, style)
-    shortest, longest = axes.dataLim.intervalx
+            settings += [e["length"] for e in entries]
+    shortest, longest = min(settings), max(settings)
     axes.set_xscale("log", base=2)
+    axes.set_xlim(shortest / 1.4, longest * 1.4)
     _thin_ticks(axes, longest, shortest)
     axes.axhspan(0, 100 * CONTEXT_TOLERANCE, color="0.92", linewidth=0, zorder=0)
     low, high = axes.dataLim.intervaly
@@ -138,10 +144,10 @@ def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
     heads = mass["heads"]
     styles = zip(mass["quantiles"], (_ORANGE, _BLUE, "#009E73"), ("v", "o", "^"), strict=True)
     for index, (quantile, color, marker) in enumerate(styles):
-        number = [head["head"] + 1 for head in heads]
+        number = [head["head"] for head in heads]
         keys = [np.nan if head["keys"][index] is None else head["keys"][index] for head in heads]
         axes.scatter(number, keys, 9, color=color, marker=marker, alpha=0.7, linewidths=0)
-        sloped = {head["head"] + 1: head["slope_keys"] for head in heads if head["slope_keys"]}
+        sloped = {head["head"]: head["slope_keys"] for head in heads if head["slope_keys"]}
         expected = [sloped[head][index] for head in sorted(sloped)]
         axes.plot(sorted(sloped), expected, color=color, linewidth=1, label=f"{quantile:.0%}")
     axes.set_yscale("log", base=2)
@@ -151,8 +157,8 @@ def _mass(axes: "Axes", found: Mapping[str, Any]) -> None:
     axes.set_ylabel("nearest keys (tokens)")
     sloped_title = "; line: bias alone" if any(head["slope_keys"] for head in heads) else ""
     axes.set_title(f"share of attention{sloped_title}")
-    most = max(head["head"] for head in heads) + 1
-    axes.set_xticks(range(1, most + 1, -(-most // 12)))
+    count = max(head["head"] for head in heads) + 1
+    axes.set_xticks(range(0, count, -(-count // 12)))
     axes.spines[["top", "right"]].set_visible(False)
     handles, _ = axes.get_legend_handles_labels()
     axes.legend(handles, [f"{q:.0%}" for q in mass["quantiles"]], frameon=False, loc="best")
@@ -162,12 +168,13 @@ def _retrieval(axes: "Axes", found: Mapping[str, Any]) -> None:
     """Accuracy by length, a row for each depth and one for recall; chance is marked on the bar."""
     tasks = {n: found["protocols"][n] for n in ("needle", "recall") if n in found["protocols"]}
     lengths = sorted({entry["length"] for task in tasks.values() for entry in task["entries"]})
-    rows: dict[str, dict[int, float]] = {}
+    rows: dict[str, dict[int, float | None]] = {}
     for name, task in tasks.items():
         for entry in task["entries"]:
             label = f"depth {entry['depth']:g}" if name == "needle" else "recall"
             rows.setdefault(label, {})[entry["length"]] = entry["accuracy"]
-    grid = np.array([[row.get(length, np.nan) for length in lengths] for row in rows.values()])
+    cells = [[row.get(length) for length in lengths] for row in rows.values()]
+    grid = np.array(cells, np.float64)  # None, not measured or not finite, is nan and stays empty
     image = axes.imshow(grid, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):

@@ -3,7 +3,7 @@
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,29 +13,36 @@ import numpy as np
 
 from alibi_jax.data.tokenizers import Tokenizer
 from alibi_jax.evaluation.bootstrap import document_sums, interval, resamples
-from alibi_jax.evaluation.verdict import Entry, Level, Loss, verdict
+from alibi_jax.evaluation.ngrams import NgramLosses
+from alibi_jax.evaluation.verdict import Entry, Floor, Level, Loss, verdict
 from alibi_jax.evaluation.windows import Windows
 from alibi_jax.files import write_text
 
 
 def summarize(
     losses: Mapping[int, np.ndarray],
+    ngrams: NgramLosses,
     windows: Windows,
+    overlap: Mapping[str, Any],
     *,
     train_length: int,
     num_targets: int,
     tokenizer: Tokenizer,
     num_bootstrap: int,
+    left_out: Sequence[str],
 ) -> dict[str, Any]:
     """Reduce token losses to both protocols, with intervals and a verdict.
 
     Args:
         losses: For each length, nats per token, float32 [N, longest] (from `evaluate`).
+        ngrams: Losses of the same tokens [N, longest].
         windows: The windows that were scored.
+        overlap: From `training_overlap`.
         train_length: Tokens per training window, the shortest of the lengths.
         num_targets: Tokens at the end of each window that the fixed-target protocol scores.
         tokenizer: What the windows were tokenized with.
         num_bootstrap: Resamples behind each interval.
+        left_out: What was asked for and is not among the losses, and why, a line each.
 
     Returns:
         What `extrapolation.json` holds, without "config" and "versions". Every number is finite
@@ -53,16 +60,26 @@ def summarize(
         )
 
     nonoverlapping, fixed_targets = entries(slice(None)), entries(slice(-num_targets, None))
+    below = floors(ngrams, losses[train_length], num_targets, windows, counts)
+    judged = verdict(
+        nonoverlapping,
+        fixed_targets,
+        below["nonoverlapping"],
+        unit=windows.unit,
+        num_documents=num_documents,
+        overlap=overlap["share"],
+    )
     return {
         "train_length": train_length,
         "protocols": {"nonoverlapping": nonoverlapping, "fixed_targets": fixed_targets},
-        "verdict": verdict(
-            nonoverlapping, fixed_targets, unit=windows.unit, num_documents=num_documents
-        ),
+        "verdict": judged | {"floors": below},
+        "left_out": list(left_out),
         "num_windows": len(windows.tokens),
         "num_documents": num_documents,
         "windows_per_document": windows.per_document,
         "unit": windows.unit,
+        "num_copies": windows.copies,
+        "training_overlap": overlap,
         "num_tokens": windows.tokens[:, 1:].size,
         "num_targets": num_targets,
         **units(windows, tokenizer),
@@ -151,6 +168,39 @@ def by_length(losses: Mapping[int, np.ndarray], *args: Any, **kwargs: Any) -> li
     """Reduce the losses of every length as `compared` does, to entries from short to long."""
     levels = compared(losses, *args, **kwargs)
     return [{"length": length, **levels[length]} for length in sorted(levels)]
+
+
+def floors(
+    ngrams: NgramLosses,
+    losses: np.ndarray,
+    num_targets: int,
+    windows: Windows,
+    counts: np.ndarray,
+) -> dict[str, Any]:
+    """Reduce what n-grams make of the tokens that a model was scored on.
+
+    Args:
+        ngrams: Losses of the same tokens.
+        losses: Of the model at the training length, nats per token [N, T].
+        num_targets: The last so many are the fixed targets.
+        windows: The windows that were scored.
+        counts: From `resamples`.
+
+    Returns:
+        "num_counted", tokens of training text behind the n-grams; and a `Floor` for each n of the
+        tokens of "nonoverlapping" and of "fixed_targets".
+    """
+
+    def of(select: slice) -> list[Floor]:
+        of_ngrams = {n: values[:, select] for n, values in ngrams.by_order.items()}
+        levels = compared({0: losses[:, select], **of_ngrams}, 0, windows, counts)
+        return [{"n": n, **levels[n]} for n in of_ngrams]
+
+    return {
+        "num_counted": ngrams.num_counted,
+        "nonoverlapping": of(slice(None)),
+        "fixed_targets": of(slice(-num_targets, None)),
+    }
 
 
 def ratio(numerator: np.ndarray, denominator: np.ndarray) -> float | None:

@@ -134,17 +134,18 @@ def found(
         progress: Called with the number of tokens computed since the last call.
 
     Returns:
-        bool [num_trials, count // step].
+        float64 [num_trials, count // step]: 1 right, 0 wrong, nan where no symbol is likeliest for
+        logits that are not finite.
     """
 
     def likeliest(tokens: np.ndarray) -> np.ndarray:
-        logits = np.asarray(logits_fn(tokens[:, :-1], count))[:, step - 1 :: step]
-        return np.argmax(logits[..., alphabet], axis=-1)
+        logits = np.asarray(logits_fn(tokens[:, :-1], count))[:, step - 1 :: step, alphabet]
+        return np.where(np.isfinite(logits).all(axis=-1), np.argmax(logits, axis=-1), np.nan)
 
-    chosen = in_batches(
-        likeliest, rows, tokens_per_batch=tokens_per_batch, progress=progress
-    ).astype(np.int64)
-    return alphabet[chosen] == rows[:, -count:][:, step - 1 :: step]
+    chosen = in_batches(likeliest, rows, tokens_per_batch=tokens_per_batch, progress=progress)
+    known = np.isfinite(chosen)
+    symbols = alphabet[np.where(known, chosen, 0).astype(np.int64)]
+    return np.where(known, symbols == rows[:, -count:][:, step - 1 :: step], np.nan)
 
 
 def needle(
@@ -168,7 +169,8 @@ def needle(
 
     Returns:
         "chance", "margin", "num_trials", "num_symbols" a trial, and "entries", one for each length
-        and depth with "accuracy", its "interval" (95%) and the "distance" in tokens.
+        and depth with "accuracy", its "interval" (95%) and the "distance" in tokens. Both are None
+        where a logit is not finite.
     """
     entries = []
     for length in lengths:
@@ -217,7 +219,9 @@ def recall(
 
 
 def _entry(hits: np.ndarray, **where: float) -> dict[str, Any]:
-    return {**where, "accuracy": float(hits.mean()), "interval": wilson(hits)}
+    known = bool(np.isfinite(hits).all())
+    accuracy = float(hits.mean()) if known else None
+    return {**where, "accuracy": accuracy, "interval": wilson(hits) if known else None}
 
 
 def _task(
@@ -249,7 +253,7 @@ def retrieves_to(task: dict[str, Any], bound: int) -> int:
     reached = 0
     for length in sorted({entry["length"] for entry in task["entries"]}):
         cells = [entry for entry in task["entries"] if entry["length"] == length]
-        if not all(cell["interval"][bound] > threshold for cell in cells):
+        if not all(cell["interval"] and cell["interval"][bound] > threshold for cell in cells):
             break
         reached = length
     return reached

@@ -126,6 +126,7 @@ def evaluate_run(
         found = assess(
             make_scorer(decoder, config.evaluation.tokens_per_batch),
             held_out,
+            corpus.train.tokens,
             corpus.tokenizer,
             config.evaluation,
             train_length=config.data.sequence_length,

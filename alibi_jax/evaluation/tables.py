@@ -3,9 +3,11 @@
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-from alibi_jax.evaluation.verdict import few_documents, percent, relative_change
+from alibi_jax.evaluation.ngrams import NAMES
+from alibi_jax.evaluation.verdict import few_documents, much_seen, percent, relative_change
 
 _WIDTH = 100
 
@@ -29,15 +31,47 @@ def table(summary: Mapping[str, Any]) -> str:
             f"{length:>8}{length / summary['train_length']:>6g}  "
             f"{level(window):>9}  {change:<17}{level(fixed):>9}  {fixed_change}"
         )
-    longest = protocols["nonoverlapping"][-1]["length"]
+    for window, fixed in zip(*map(partial(_floors, summary), protocols), strict=True):
+        lines.append(
+            f"{NAMES[window['n']]:>14}  {level(window):>9}  {'':17}{level(fixed):>9}  (of the "
+            "training text)"
+        )
     lines += [
-        f"{_plural(summary['num_windows'], 'window')} of {longest} tokens from "
-        f"{_plural(summary['num_documents'], summary['unit'])}.",
+        *textwrap.wrap(scored(summary), _WIDTH),
         *_unknown(summary),
+        *_left_out(summary),
         "",
         *textwrap.wrap(summary["verdict"]["text"], _WIDTH),
     ]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _floors(found: Mapping[str, Any], protocol: str) -> Sequence[Mapping[str, Any]]:
+    """What n-grams make of the tokens of a protocol; a file of an earlier version has none."""
+    return found["verdict"].get("floors", {}).get(protocol, ())
+
+
+def _bits(entry: Mapping[str, Any]) -> str:
+    return _or("{:.4f}".format, entry["bits_per_byte"])
+
+
+def scored(found: Mapping[str, Any]) -> str:
+    """Say what text the numbers of an evaluation, or of a comparison, are of."""
+    lengths = found.get("lengths") or [e["length"] for e in found["protocols"]["nonoverlapping"]]
+    text = f"{_plural(found['num_windows'], 'window')} of {lengths[-1]} tokens from "
+    text += _plural(found["num_documents"], found["unit"])
+    if found.get("num_copies"):
+        text += f" ({_plural(found['num_copies'], 'document')} left out as copies of others)"
+    overlap = found.get("training_overlap")  # a file of an earlier version has none
+    if overlap:
+        text += f"; {overlap['share']:.1%} of the tokens are in {overlap['ngram']}-grams of the "
+        text += "training text"
+    return f"{text}."
+
+
+def _left_out(found: Mapping[str, Any]) -> list[str]:
+    """What was asked for and is not measured, said again beside the numbers."""
+    return [row for line in found["left_out"] for row in textwrap.wrap(f"{line}.", _WIDTH)]
 
 
 def _or(write: Callable[[float], str], number: float | None) -> str:
@@ -70,9 +104,11 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     """Write what `assess` found as plain text of at most 100 columns that ends with the verdict."""
     protocols = found["protocols"]
     writers = {
-        "nonoverlapping": _lengths("nonoverlapping windows"),
-        "fixed_targets": _lengths(f"fixed targets, the last {found['num_targets']} of each window"),
-        "sliding_window": _lengths("sliding window"),
+        "nonoverlapping": _lengths("nonoverlapping", "nonoverlapping windows"),
+        "fixed_targets": _lengths(
+            "fixed_targets", f"fixed targets, the last {found['num_targets']} of each window"
+        ),
+        "sliding_window": _lengths("sliding_window", "sliding window"),
         "by_position": _positions,
         "truncated_input": _truncated_input,
         "truncation": _truncation,
@@ -83,10 +119,10 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     lines = []
     for name, entries in protocols.items():
         lines += [*writers[name](entries, found), ""]
-    windows = _plural(found["num_windows"], "window")
-    source = f"{windows} from {_plural(found['num_documents'], found['unit'])}."
-    lines += [" ".join([source, *few_documents(found["unit"], found["num_documents"])])]
-    lines += [*_unknown(found), ""]
+    notes = [scored(found)]
+    notes += few_documents(found["unit"], found["num_documents"])
+    notes += much_seen(found["training_overlap"]["share"])
+    lines += [*textwrap.wrap(" ".join(notes), _WIDTH), *_unknown(found), *_left_out(found), ""]
     verdict = found["verdict"]
     lines += textwrap.wrap(verdict["text"], _WIDTH)
     if verdict["warning"]:
@@ -94,7 +130,7 @@ def evaluation_table(found: Mapping[str, Any]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _lengths(title: str) -> Callable[[Any, Mapping[str, Any]], list[str]]:
+def _lengths(protocol: str, title: str) -> Callable[[Any, Mapping[str, Any]], list[str]]:
     def write(entries: Any, found: Mapping[str, Any]) -> list[str]:
         train_length = found["train_length"]
         unit, level = _unit(found)
@@ -103,9 +139,12 @@ def _lengths(title: str) -> Callable[[Any, Mapping[str, Any]], list[str]]:
             length = entry["length"]
             change = "(training length)" if length == train_length else relative_change(entry)
             stride = f"  stride {entry['stride']}" if "stride" in entry else ""
-            lines.append(
-                f"{length:>8}{length / train_length:>6g}{level(entry):>11}  {change}{stride}"
-            )
+            factor = length / train_length
+            lines.append(f"{length:>8}{factor:>6g}{level(entry):>11}  {change}{stride}")
+        lines += [
+            f"{NAMES[floor['n']]:>14}{level(floor):>11}  (of the training text)"
+            for floor in _floors(found, protocol)
+        ]
         return lines
 
     return write
@@ -195,5 +234,7 @@ def _recall(task: Any, found: Mapping[str, Any]) -> list[str]:
 
 
 def _accuracy(entry: Mapping[str, Any]) -> str:
+    if entry["accuracy"] is None:
+        return "not finite"
     low, high = entry["interval"]
     return f"{entry['accuracy']:.0%} [{100 * low:.0f},{100 * high:.0f}]"

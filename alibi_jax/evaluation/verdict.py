@@ -1,10 +1,17 @@
-"""Say in words how far the loss holds, and what the windows' gain is made of."""
+"""Say in words how far the loss holds, and what the windows' gain is made of.
+
+A model that is not clearly better than short n-grams of its training text gets neither: its loss
+may well be the same at every length.
+"""
 
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 from alibi_jax.evaluation.bootstrap import FEW
+from alibi_jax.evaluation.ngrams import NAMES
+from alibi_jax.evaluation.overlap import LARGE
 
 TOLERANCE = 0.01  # the loss holds while it is at most this fraction above the training length's
 
@@ -36,6 +43,12 @@ class Entry(Level):
     length: int  # tokens of a window
 
 
+class Floor(Level):
+    """The n-grams of the training text; the other loss is the model's at the training length."""
+
+    n: int
+
+
 def percent(fraction: float) -> str:
     """Write a change with its sign and about three digits: +0.05%, -12.3%, +4,310%."""
     digits = 2 if abs(fraction) < 0.1 else 1 if abs(fraction) < 1 else 0
@@ -43,7 +56,7 @@ def percent(fraction: float) -> str:
     return f"{rounded:+,.{digits}f}%"
 
 
-def relative_change(entry: Entry) -> str:
+def relative_change(entry: Level) -> str:
     """Write a relative change with its interval: "+0.05% [-0.02%, +0.12%]"."""
     if entry["relative_change"] is None:
         return "not finite"
@@ -55,7 +68,13 @@ def relative_change(entry: Entry) -> str:
 
 
 def verdict(
-    nonoverlapping: list[Entry], fixed_targets: list[Entry], *, unit: str, num_documents: int
+    nonoverlapping: list[Entry],
+    fixed_targets: list[Entry],
+    floors: list[Floor],
+    *,
+    unit: str,
+    num_documents: int,
+    overlap: float,
 ) -> dict[str, Any]:
     """Judge how far beyond the training length the loss holds.
 
@@ -65,22 +84,38 @@ def verdict(
     Args:
         nonoverlapping: Entries by length; the first is the training length.
         fixed_targets: Entries by length, likewise.
+        floors: Of the tokens of the nonoverlapping windows.
         unit: What the intervals resample: "document" or "block".
         num_documents: How many of them there are.
+        overlap: The share of the text that stands in the training text as well.
 
     Returns:
-        "text"; "holds_to", tokens; "holds_factor", times the training length; "compared_at", the
-        longest length that holds or else the first beyond the training length (None if there is
-        none); and, at that length, "nonoverlapping_change", "fixed_targets_change" and their
-        "..._interval", nats per token against the training length.
+        "text"; "learned", whether the model is clearly better than every floor, and
+        "closest_ngram", the n of the best (None: the loss is not finite); "holds_to", tokens;
+        "holds_factor", times the training length; "compared_at", the longest length that holds or
+        else the first beyond the training length (None if there is none); and, at that length,
+        "nonoverlapping_change", "fixed_targets_change" and their "..._interval", nats per token
+        against the training length.
+        Nothing is said to hold where the model learned too little, or its loss is not finite.
     """
     train_length = fixed_targets[0]["length"]
     held = len(list(itertools.takewhile(_holds, fixed_targets[1:])))
-    holds_to = fixed_targets[held]["length"]
+    unbeaten = [floor for floor in floors if _lead(floor) <= 0]
+    learned = not unbeaten
+    closest = min(unbeaten or floors, key=lambda floor: floor["nats_per_token"] or 0.0)
+    holds_to = fixed_targets[held]["length"] if learned else None
+    sentences = (
+        _sentences(nonoverlapping, fixed_targets, held)
+        if learned
+        else [_none(closest, train_length)]
+    )
+    sentences += [*few_documents(unit, num_documents), *much_seen(overlap)]
     result: dict[str, Any] = {
-        "text": _text(nonoverlapping, fixed_targets, held, unit, num_documents),
+        "text": " ".join(sentences),
+        "learned": learned,
+        "closest_ngram": None if closest["change"] is None else closest["n"],
         "holds_to": holds_to,
-        "holds_factor": holds_to / train_length,
+        "holds_factor": holds_to and holds_to / train_length,
         "compared_at": None,
     }
     if len(fixed_targets) > 1:
@@ -95,39 +130,85 @@ def verdict(
     return result
 
 
-def _holds(entry: Entry) -> bool:
-    return entry["relative_change"] is not None and entry["relative_change"] <= TOLERANCE
+def _lead(floor: Floor) -> float:
+    """Nats per token by which the model is surely better: an end of the interval if there is one.
+
+    A model whose loss is not finite is not better.
+    """
+    surely = floor["change_interval"][0] if floor["change_interval"] else floor["change"]
+    return -math.inf if surely is None else surely
 
 
-def _text(
-    nonoverlapping: list[Entry], fixed: list[Entry], held: int, unit: str, num_documents: int
-) -> str:
-    train_length = fixed[0]["length"]
-    if fixed[0]["nats_per_token"] is None:
+def why_none(closest_ngram: int | None) -> str:
+    """Say in a few words why there is no verdict on a model that has not learned."""
+    if closest_ngram is None:
+        return "the loss at the training length is not finite"
+    return (
+        "learned too little for a verdict: not clearly better than "
+        f"{NAMES[closest_ngram]} of the training text"
+    )
+
+
+def _none(floor: Floor, train_length: int) -> str:
+    """Say the same in full."""
+    if floor["change"] is None:
         return (
             f"The loss at the training length of {train_length} tokens is not finite: there is "
             "nothing to compare other lengths with."
         )
+    return (
+        f"The model {why_none(floor['n'])}, whose loss on the same tokens is "
+        f"{relative_change(floor)} from its own at the training length of {train_length} tokens. "
+        "How that changes with length says nothing about the use of context."
+    )
+
+
+def _holds(entry: Entry) -> bool:
+    return entry["relative_change"] is not None and entry["relative_change"] <= TOLERANCE
+
+
+def _sentences(nonoverlapping: list[Entry], fixed: list[Entry], held: int) -> list[str]:
     if len(fixed) == 1:
-        return (
-            f"Evaluated at the training length of {train_length} tokens only, which says nothing "
-            "about longer ones."
-        )
+        return [
+            f"Evaluated at the training length of {fixed[0]['length']} tokens only, which says "
+            "nothing about longer ones."
+        ]
     sentences = []
     if held:
         sentences += [_holding(fixed, held), *_gain(nonoverlapping[held], fixed[held])]
     if held + 1 < len(fixed):
         sentences.append(_failing(fixed, held))
-    return " ".join([*sentences, *few_documents(unit, num_documents)])
+        beyond = not_finite(fixed[held + 2 :])
+        sentences += [f"At {beyond} it is not finite."] if beyond else []
+    return sentences
+
+
+def not_finite(entries: Sequence[Mapping[str, object]]) -> str:
+    """Name the lengths at which a loss is not finite: "256 and 512 tokens"; nothing if none is."""
+    lengths = [str(entry["length"]) for entry in entries if entry["nats_per_token"] is None]
+    return f"{' and '.join(lengths)} tokens" if lengths else ""
 
 
 def few_documents(unit: str, num_documents: int) -> list[str]:
     """Say, in at most one sentence, that too little was resampled for narrow intervals."""
     if num_documents == 1:
-        return [f"All windows come from one {unit}, so there are no intervals."]
+        return [
+            f"All windows come from one {unit}, so there are no intervals: nothing here says what "
+            "another text would show."
+        ]
     if num_documents < FEW:
         return [f"Intervals are wide, of only {num_documents} {unit}s."]
     return []
+
+
+def much_seen(overlap: float) -> list[str]:
+    """Say, in at most one sentence, that much of the text is no news to the model."""
+    if overlap < LARGE:
+        return []
+    return [
+        f"{overlap:.0%} of the tokens stand in the training text as well: losses of new text would "
+        "be higher."
+    ]
 
 
 def _holding(fixed: list[Entry], held: int) -> str:

@@ -1,5 +1,11 @@
-"""The held-out tokens that every protocol scores: windows spread over documents."""
+"""The held-out tokens that every protocol scores: windows spread over documents.
 
+A document that is the copy of another, token by token, is left out: it says nothing new, and would
+count as an independent one.
+"""
+
+import hashlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,12 +44,14 @@ class Windows:
         unit: What such a unit is: "document", or "block" of the concatenated stream.
         token_bytes: int64 [N, longest + 1], UTF-8 bytes of the source text for which each token
             stands. Bits per byte of any targets are their nats, over ln 2, over their own bytes.
+        copies: How many documents that could give windows are left out as copies of others.
     """
 
     tokens: np.ndarray
     document: np.ndarray
     unit: str
     token_bytes: np.ndarray
+    copies: int = 0
 
     @property
     def num_targets(self) -> int:
@@ -88,8 +96,9 @@ def supported_lengths(
     Raises:
         UserError: If not even the first length is possible.
     """
-    units = [_num_units(split, length, packing) for length in lengths]
-    longest = max(np.diff(_offsets(split, packing)), default=0)
+    spans = _spans(split, packing)
+    units = [_num_units(spans, length, packing) for length in lengths]
+    longest = max(spans[:, 1] - spans[:, 0], default=0)
     text = "the held-out text" if packing == "stream" else "the longest held-out document"
     if units[0] == 0:
         raise UserError(
@@ -131,8 +140,8 @@ def longest_windows(
     Raises:
         UserError: If the text does not hold a single window.
     """
-    offsets = _offsets(split, packing)
-    capacity = _capacity(offsets, longest)
+    spans = _spans(split, packing)
+    capacity = _capacity(spans, longest)
     share = _shares(capacity, num_windows)
     if not share.any():
         raise UserError(
@@ -141,17 +150,19 @@ def longest_windows(
         )
     document = np.repeat(np.arange(len(share)), share)
     starts = np.concatenate(
-        [offsets[i] + longest * _spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
+        [spans[i, 0] + longest * spread(capacity[i], share[i]) for i in np.flatnonzero(share)]
     )
 
     def rows(of: np.ndarray, dtype: type) -> np.ndarray:
         return np.stack([of[start : start + longest + 1] for start in starts]).astype(dtype)
 
+    tokens, token_bytes = rows(split.tokens, np.int32), rows(split.token_bytes, np.int64)
+    needed = longest + 1 if packing == "documents" else 0
+    copies = int((_copies(split) & (np.diff(split.offsets) >= needed)).sum())
     unit = "document"
     if packing == "stream":
         document, unit = _blocks(len(starts)), "block"
-    tokens, token_bytes = rows(split.tokens, np.int32), rows(split.token_bytes, np.int64)
-    return Windows(tokens, document, unit, token_bytes)
+    return Windows(tokens, document, unit, token_bytes, copies)
 
 
 def _blocks(num_pieces: int) -> np.ndarray:
@@ -169,19 +180,38 @@ def _unit(packing: str) -> str:
     return {"documents": "document", "stream": "piece"}[packing]
 
 
-def _offsets(split: TokenizedDocuments, packing: str) -> np.ndarray:
-    """Bounds that no window crosses; the stream is one long document."""
-    return np.array([0, len(split.tokens)]) if packing == "stream" else split.offsets
+def _copies(split: TokenizedDocuments) -> np.ndarray:
+    """Which documents have the tokens of one before them, bool [num_documents]."""
+    seen: set[bytes] = set()
+    copies = []
+    for start, stop in itertools.pairwise(split.offsets):
+        digest = hashlib.blake2b(split.tokens[start:stop].tobytes()).digest()
+        copies.append(digest in seen)
+        seen.add(digest)
+    return np.array(copies, bool)
 
 
-def _capacity(offsets: np.ndarray, length: int) -> np.ndarray:
-    """Windows of `length` targets that each document holds, int [num_documents]."""
-    return np.maximum(np.diff(offsets) - 1, 0) // length
+def _spans(split: TokenizedDocuments, packing: str) -> np.ndarray:
+    """Starts and ends that no window crosses, int [n, 2]: documents, or the stream between copies.
+
+    Without a copy, the stream is one span.
+    """
+    documents = np.stack([split.offsets[:-1], split.offsets[1:]], axis=1)[~_copies(split)]
+    if packing == "documents" or not len(documents):
+        return documents
+    starts = np.flatnonzero(documents[1:, 0] != documents[:-1, 1]) + 1
+    runs = np.split(documents, starts)
+    return np.array([(run[0, 0], run[-1, 1]) for run in runs])
 
 
-def _num_units(split: TokenizedDocuments, length: int, packing: str) -> int:
+def _capacity(spans: np.ndarray, length: int) -> np.ndarray:
+    """Windows of `length` targets that each span holds, int [n]."""
+    return np.maximum(spans[:, 1] - spans[:, 0] - 1, 0) // length
+
+
+def _num_units(spans: np.ndarray, length: int, packing: str) -> int:
     """Units with a window of this length: documents, or pieces of the stream."""
-    capacity = _capacity(_offsets(split, packing), length)
+    capacity = _capacity(spans, length)
     return int(capacity.sum() if packing == "stream" else np.count_nonzero(capacity))
 
 
@@ -190,11 +220,11 @@ def _shares(capacity: np.ndarray, num_windows: int) -> np.ndarray:
     share = np.zeros_like(capacity)
     while num_windows > 0 and (open_documents := np.flatnonzero(capacity > share)).size:
         count = min(num_windows, len(open_documents))
-        share[open_documents[_spread(len(open_documents), count)]] += 1
+        share[open_documents[spread(len(open_documents), count)]] += 1
         num_windows -= count
     return share
 
 
-def _spread(total: int, count: int) -> np.ndarray:
+def spread(total: int, count: int) -> np.ndarray:
     """`count` of the indices 0..total-1, evenly spaced and centred, int64 [count]."""
     return (2 * np.arange(count) + 1) * total // (2 * count)

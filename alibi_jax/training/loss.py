@@ -26,9 +26,10 @@ def summed_loss(
       The sum to minimise, and {"nats": sum of cross-entropies, "tokens": number of targets}.
     """
     mask = target_mask(segment_ids)
-    token_nats, log_z = losses
-    nats = jnp.sum(mask * token_nats)
+    # Chosen, not multiplied: 0 * inf is nan, in the sum and, after the square, in the gradient.
+    token_nats, log_z = (jnp.where(mask > 0, values, 0.0) for values in losses)
+    nats = jnp.sum(token_nats)
     total = nats
     if z_loss:
-        total = nats + z_loss * jnp.sum(mask * jnp.square(log_z))
+        total = nats + z_loss * jnp.sum(jnp.square(log_z))
     return total, {"nats": nats, "tokens": jnp.sum(mask)}

@@ -9,6 +9,7 @@ import numpy as np
 from alibi_jax.config import Config
 from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.evaluation import Windows, summarize, write_json
+from alibi_jax.evaluation.ngrams import NgramLosses
 from alibi_jax.models import DecoderConfig
 
 VERSIONS = {"alibi_jax": "0.1.0", "jax": "0.10.2", "python": "3.11.7", "device": "cpu"}
@@ -29,13 +30,17 @@ def summary(growth=0.0, lengths=(16, 32, 64), num_documents=4):
     }
     tokens = np.zeros((8, lengths[-1] + 1), np.int32)
     windows = Windows(tokens, np.arange(8) % num_documents, "document", np.ones_like(tokens))
+    ngrams = NgramLosses({n: level + 4.0 - n for n in (1, 2, 3)}, 10**6)
     return summarize(
         losses,
+        ngrams,
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=lengths[0],
         num_targets=8,
         tokenizer=ByteTokenizer(),
         num_bootstrap=100,
+        left_out=[],
     )
 
 

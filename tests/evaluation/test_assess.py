@@ -11,6 +11,10 @@ from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import EvaluationConfig, judgement, longest_windows, write_json
 from alibi_jax.evaluation.assess import PROTOCOLS, assess
+from alibi_jax.evaluation.html import page
+from alibi_jax.evaluation.html.read import read
+from alibi_jax.evaluation.ngrams import NAMES
+from alibi_jax.evaluation.panels import evaluation_figure
 from alibi_jax.evaluation.tables import evaluation_table
 from tests.evaluation.oracles import (
     base,
@@ -51,12 +55,14 @@ def split_of(*lengths):
 
 
 BOOKS = split_of(1030, 2100, 1025, 1500, 1100, 1800)
+OTHER = np.arange(3000) % 48  # no letter: its n-grams know nothing of the books
 
 
-def evaluate(model, split=BOOKS, lengths=LENGTHS, config=CONFIG, **kwargs):
+def evaluate(model, split=BOOKS, training=OTHER, lengths=LENGTHS, config=CONFIG, **kwargs):
     return assess(
         model,
         split,
+        training,
         ByteTokenizer(),
         config,
         train_length=TRAINED,
@@ -97,7 +103,8 @@ def test_every_protocol_is_there_and_is_json(found, tmp_path):
     lines = evaluation_table(found).splitlines()
     assert max(map(len, lines)) <= 100
     text = " ".join(evaluation_table(found).split())
-    assert text.count("7 windows from 6 documents. Intervals are wide, of only 6 documents.") == 1
+    assert text.count("7 windows of 1024 tokens from 6 documents; 0.0% of the tokens are in ") == 1
+    assert text.count("training text. Intervals are wide, of only 6 documents.") == 1
     assert text.endswith(f"{found['verdict']['text']} Warning: {found['verdict']['warning']}")
 
 
@@ -136,12 +143,84 @@ def test_what_is_left_out_stays_said_and_attention_is_read_as_far_as_it_can_be()
     assert again["protocols"]["attention_mass"]["length"] == 256 and again["left_out"] == []
 
 
+def test_a_model_that_learned_too_little_is_not_judged(tmp_path):
+    """Nor praised for its use of context, however it is asked, in one go or in two."""
+    dead = scorer(lambda tokens, window: base(tokens) * 0 + math.log(257))
+    own = BOOKS.tokens  # whose trigrams are far better
+    wanted = ("fixed_targets", "truncated_input", "truncation")
+    found = evaluate(dead, training=own, wanted=wanted)
+    verdict = found["verdict"]
+    assert verdict["text"] == (
+        "Learned too little for a verdict: not clearly better than trigrams of the training text."
+    )
+    for name in ("holds_to", "uses_context_to", "layer_window"):
+        assert verdict[name] is None and verdict[f"{name}_interval"] is None
+    part = evaluate(dead, training=own, wanted=wanted[1:])
+    assert "(compared with n-grams only by fixed_targets)" in part["verdict"]["text"]
+    assert evaluate(dead, training=own, wanted=wanted, earlier=part) == found
+    shown = evaluation_table(found)
+    for name, floor in zip(NAMES.values(), verdict["floors"]["fixed_targets"], strict=True):
+        assert f"{name} {floor['bits_per_byte']:>10.4f}" in shown
+    write_json(found, tmp_path / "evaluation.json")
+
+
+def broken(beyond):
+    """A model that gives nan wherever a row has more tokens than this."""
+    whole = scorer()
+
+    def of(function, rows):
+        return lambda tokens, *args: np.where(
+            rows(tokens) > beyond, np.nan, function(tokens, *args)
+        )
+
+    return whole._replace(
+        losses=of(whole.losses, lambda tokens: tokens.shape[1] - 1),
+        logits=of(whole.logits, lambda tokens: tokens.shape[1]),
+        attention_mass=of(whole.attention_mass, lambda tokens: tokens.shape[1]),
+    )
+
+
+@pytest.mark.parametrize("beyond", [0, 256])
+def test_nan_is_seen_everywhere_and_ends_in_the_verdict(beyond, tmp_path):
+    found = evaluate(broken(beyond))
+    write_json(found, tmp_path / "evaluation.json")  # which refuses nan
+    protocols = found["protocols"]
+    for name, level in (("fixed_targets", "nats_per_token"), ("needle", "accuracy")):
+        for entry in protocols[name]["entries"] if name == "needle" else protocols[name]:
+            assert (entry[level] is None) == (entry["length"] > beyond)
+    assert all(head["keys"] == [None] * 3 for head in protocols["attention_mass"]["heads"])
+    text, shown = found["verdict"]["text"], evaluation_table(found)
+    if beyond:
+        assert (
+            "Holds to 256 tokens [256, 256] (paired, within 1%), is not finite at 512 and" in text
+        )
+        assert "retrieves to 256 tokens [256, 256]." in text
+        assert shown.count("not finite") > 10
+        assert (
+            "It does not hold at 512 tokens: on the same targets it is not finite. At 1024"
+            in (found["verdict"]["details"])
+        )
+    else:
+        assert text == (
+            "The loss at the training length is not finite, retrieves from no length reliably."
+        )
+        assert found["verdict"]["uses_context_to"] is None
+    evaluation_figure(found, tmp_path / "evaluation.png")
+    found |= {"versions": {}, "config": {"model": {"position": "alibi"}}}
+    (tmp_path / "config.json").write_text("{}")
+    write_json(found, tmp_path / "evaluation.json")
+    assert "not finite" in page(*read([tmp_path]))
+
+
 @pytest.mark.parametrize("reach", [64, 128, 256])
 def test_truncated_on_purpose_is_found_to_use_so_much(reach):
     verdict = evaluate(scorer(uses(reach)), wanted=("truncated_input",))["verdict"]
     assert verdict["uses_context_to"] == reach and verdict["layer_window"] is None
     assert verdict["holds_to"] is None and verdict["retrieves_to"] is None
-    assert verdict["text"] == f"Uses context to {reach} tokens [{reach}, {reach}]."
+    assert verdict["text"] == (
+        f"Uses context to {reach} tokens [{reach}, {reach}] (compared with n-grams only by "
+        "fixed_targets)."
+    )
 
 
 @pytest.mark.parametrize(("layers", "expected"), [(1, 64), (2, 128), (3, 256)])
@@ -410,6 +489,7 @@ def test_changes_by_length_are_those_of_the_oracle(found):
 )
 def test_a_bound_is_not_claimed_against_its_own_interval(interval, words):
     judged = {
+        "learned": True,
         "holds_to": None,
         "uses_context_to": 32,
         "uses_context_to_interval": interval,
@@ -419,6 +499,6 @@ def test_a_bound_is_not_claimed_against_its_own_interval(interval, words):
 
 
 def test_at_least_is_said_only_where_the_interval_agrees():
-    judged = {"uses_context_to": None, "retrieves_to": None, "holds_to": 1024}
+    judged = {"learned": True, "uses_context_to": None, "retrieves_to": None, "holds_to": 1024}
     assert "to at least" in judgement.sentence(judged | {"holds_to_interval": [1024, 1024]}, 1024)
     assert "at least" not in judgement.sentence(judged | {"holds_to_interval": [512, 1024]}, 1024)

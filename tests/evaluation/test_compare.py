@@ -90,6 +90,23 @@ def performed(monkeypatch):
     return asked, outcome
 
 
+@pytest.mark.parametrize(
+    ("times", "median", "spread"),
+    [
+        ([9.0, *range(1, 12)], 6, [2, 10]),  # the first interval does not count
+        ([9.0], 9, [9, 9]),  # unless it is the only one
+    ],
+)
+def test_the_time_of_a_step_has_a_spread(tmp_path, times, median, spread):
+    lines = [{"step": step, "step_seconds_p50": time} for step, time in enumerate(times)]
+    lines.insert(1, {"step": 0, "validation_loss": 3.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert compare_runs._seconds_per_step(tmp_path) == {
+        "seconds_per_step": median,
+        "seconds_per_step_range": spread,
+    }
+
+
 def test_all_methods_come_with_one_seed_before_any_with_the_next(folder, tmp_path, performed):
     assert compare.main(arguments(folder, tmp_path, "--protocols=truncation")) == 0
     asked, _ = performed

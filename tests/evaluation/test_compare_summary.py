@@ -13,6 +13,7 @@ from alibi_jax.evaluation.compare_figure import comparison_figure, drawn
 from alibi_jax.evaluation.compare_statistics import p_value, t_interval
 from alibi_jax.evaluation.compare_summary import Run, summarize
 from alibi_jax.evaluation.compare_table import comparison_table, findings
+from alibi_jax.evaluation.ngrams import NgramLosses
 from alibi_jax.evaluation.report import summarize as summarize_run
 from alibi_jax.evaluation.verdict import percent
 from alibi_jax.evaluation.windows import Windows
@@ -31,18 +32,22 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32)
     }
     evaluation = summarize_run(
         losses,
+        NgramLosses({n: TEXT + 9.0 - n for n in (1, 2, 3)}, 10**6),
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=16,
         num_targets=8,
         tokenizer=ByteTokenizer(),
         num_bootstrap=200,
+        left_out=[],
     )
     evaluation["left_out"] = []
     evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None, "warning": None}
     evaluation["verdict"]["uses_context_to_interval"] = [32, context]
     evaluation["config"] = {"evaluation": {"num_bootstrap": 200, "split": "test"}}
     evaluation |= {"step": 40, "tokens_sha256": "ab"}
-    return Run("finished", None, evaluation, seconds, 10**7, 820_000)
+    spread = [0.9 * seconds, seconds + 0.2]
+    return Run("finished", None, evaluation, seconds, 10**7, 820_000, spread)
 
 
 # Three methods and three seeds. Seeds shift all methods alike, by much, so only pairs show that
@@ -117,6 +122,43 @@ def test_verdicts_over_seeds(comparison):
     assert "does not hold beyond the training length; at 32: +7" in verdicts["breaks"]["text"]
 
 
+def test_a_method_that_learned_too_little_is_not_judged():
+    """At a loss of 20 nats more than the others one seed holds, to worse than any n-gram."""
+    runs = planted()
+    runs["breaks", 1] = run([20, 20, 20])
+    comparison = summarize(METHODS, (0, 1, 2), runs)
+    verdicts = {method["name"]: method["verdict"] for method in comparison["methods"]}
+    assert verdicts["alibi"]["learned"] is True and verdicts["alibi"]["holds_to"] == 64
+    assert verdicts["breaks"]["learned"] is False and verdicts["breaks"]["holds_to"] is None
+    assert verdicts["breaks"]["text"] == (
+        "learned too little for a verdict: not clearly better than trigrams of the training text "
+        "in 1 of 3 seeds"
+    )
+    assert any("Not judged: breaks. " in sentence for sentence in findings(comparison))
+    floors = comparison["floors"]["fixed_targets"]
+    level = TEXT[:, -8:].astype(np.float64).mean()
+    assert [floor["n"] for floor in floors] == [1, 2, 3]
+    assert [f["nats_per_token"] for f in floors] == pytest.approx(
+        [level + 9 - n for n in (1, 2, 3)]
+    )
+    bits = f"{(level + 6) / math.log(2) / 2.0:.4f}"
+    assert f"| trigrams of the training text | –     | {bits} " in comparison_table(comparison)
+    labels = {text.get_text() for axes in drawn(comparison).axes for text in axes.texts}
+    assert {"unigrams", "bigrams", "trigrams"} <= labels
+
+
+def test_runs_of_an_earlier_version_have_no_floors(tmp_path):
+    runs = planted()
+    for one in runs.values():
+        for name in ("floors", "learned", "closest_ngram"):
+            del one.evaluation["verdict"][name]
+    comparison = summarize(METHODS, (0, 1, 2), runs)
+    verdict = comparison["methods"][1]["verdict"]
+    assert verdict["holds_to"] == 64 and verdict["learned"] is None
+    assert "grams" not in comparison_table(comparison).partition("## What the numbers are")[0]
+    comparison_figure(comparison, tmp_path / "figure.png")
+
+
 # Changes at 32 tokens by seed and by document, in nats of about 3: an interval that contains +1%.
 SEEDS_DIFFER = ([-0.02, 0, 0.07], np.zeros(6))
 DOCUMENTS_DIFFER = ([0, 0, 0], np.array([0.3, -0.3, 0.3, -0.3, 0.3, -0.3]))
@@ -156,6 +198,8 @@ def test_the_interval_over_documents_is_that_of_an_evaluation():
 def test_time_is_the_median_over_runs(comparison):
     better = comparison["methods"][2]
     assert better["seconds_per_step"] == pytest.approx(1.1)
+    assert better["seconds_per_step_range"] == pytest.approx([0.09, 2.3])  # over seeds
+    assert "| 1,100.0 [90.0, 2,300.0] |" in comparison_table(comparison)
     assert (better["memory_bytes"], better["parameters"]) == (10**7, 820_000)
 
 

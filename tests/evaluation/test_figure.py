@@ -6,10 +6,12 @@ import sys
 import matplotlib.image
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from alibi_jax.data.tokenizers import ByteTokenizer
-from alibi_jax.evaluation import Windows, extrapolation_figure, summarize
+from alibi_jax.evaluation import Windows, extrapolation_figure, panels, summarize
 from alibi_jax.evaluation.assess import PROTOCOLS
+from alibi_jax.evaluation.ngrams import NgramLosses
 from alibi_jax.evaluation.panels import evaluation_figure
 from tests.evaluation.oracles import explodes, scorer, uses
 from tests.evaluation.test_assess import evaluate
@@ -22,11 +24,14 @@ def summary_of(losses, num_documents=4):
     windows = Windows(tokens, np.arange(8) % num_documents, "document", np.ones_like(tokens))
     return summarize(
         {length: level + change for length, change in losses.items()},
+        NgramLosses({n: level + 4.0 - n for n in (1, 2, 3)}, 10**6),
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=16,
         num_targets=8,
         tokenizer=ByteTokenizer(),
         num_bootstrap=100,
+        left_out=[],
     )
 
 
@@ -70,3 +75,16 @@ def test_the_evaluation_figure_has_a_panel_for_all_that_was_measured(
     image = matplotlib.image.imread(path)
     assert image.shape[:2] == shape
     assert image[..., :3].std() > 0.05
+
+
+def test_heads_count_from_0_as_in_the_numbers_and_the_report():
+    heads = [
+        {"layer": 0, "head": head, "keys": [1.0, 2.0, 4.0], "slope_keys": [1, 2, 4]}
+        for head in range(4)
+    ]
+    mass = {"quantiles": [0.5, 0.9, 0.99], "length": 64, "heads": heads}
+    axes = Figure().subplots()
+    panels._mass(axes, {"protocols": {"attention_mass": mass}})
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+    assert axes.collections[0].get_offsets()[:, 0].tolist() == [0, 1, 2, 3]
+    assert axes.lines[0].get_xdata().tolist() == [0, 1, 2, 3]

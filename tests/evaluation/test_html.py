@@ -107,7 +107,7 @@ def test_losses_are_those_of_the_file(two):
         ("fixed_targets", "fixed targets"),
         ("nonoverlapping", "nonoverlapping windows"),
     ):
-        header, _, row = opened(*two).cells(f"Bits per byte, {name}")
+        header, _, row, *floors = opened(*two).cells(f"Bits per byte, {name}")
         assert header == ["", "16 tokens", "32 tokens", "64 tokens"]
         assert row[0] == "sinusoidal"
         for cell, entry in zip(row[1:], written["protocols"][protocol], strict=True):
@@ -117,6 +117,9 @@ def test_losses_are_those_of_the_file(two):
         assert row[1].endswith("training length")
         assert "+30.0%" in row[2]  # a doubling adds this to the fixture
         assert "+60.0%" in row[3]
+        for cells, floor in zip(floors[-3:], written["verdict"]["floors"][protocol], strict=True):
+            assert cells[1:] == [f"{to_bits * floor['nats_per_token']:.4f}"] * 3
+        assert [cells[0].split()[0] for cells in floors] == ["unigrams", "bigrams", "trigrams"]
 
 
 def test_verdicts_come_with_interval_protocol_and_warning(two):
@@ -130,6 +133,14 @@ def test_verdicts_come_with_interval_protocol_and_warning(two):
         assert said in cards[0]
     assert cards[1].count("not measured") == 2
     assert "does not hold beyond the training length" in cards[1]
+
+
+def test_a_model_that_learned_too_little_has_no_verdict(two):
+    whole = json.loads((two[0] / "evaluation.json").read_text())
+    whole["verdict"] |= {"learned": False, "holds_to": None, "uses_context_to": None}
+    write_json(whole, two[0] / "evaluation.json")
+    cards = [e["text"] for e in opened(*two).all("article")]
+    assert cards[0].count("no verdict") == 2 and "no length[0, 16]needle" in cards[0]
 
 
 def test_other_protocols_are_shown(two):
@@ -268,7 +279,7 @@ def failing(capsys, *arguments):
 
 
 def test_bad_input_ends_in_one_line(tmp_path, capsys):
-    run, empty = report_files.run(tmp_path / "run"), tmp_path / "empty"
+    run, empty = report_files.run(tmp_path / "run"), tmp_path / "empty.html"
     empty.mkdir()
     extrapolation = (run / "extrapolation.json").read_text()
     before = sorted(tmp_path.rglob("*"))
@@ -279,6 +290,11 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys):
     assert "--theme is not known" in failing(capsys, run, "--theme=dark")
     assert "is no directory" in failing(capsys, run, f"--output={tmp_path}/none/x.html")
     assert "cannot be written" in failing(capsys, run, f"--output={empty}")
+    for name in ("x.pdf", "x", "x.html.gz"):
+        assert "give a name that ends in .html" in failing(
+            capsys, run, f"--output={tmp_path}/{name}"
+        )
+        assert not (tmp_path / name).exists()
     for content, message in (
         ("{", "cannot read"),
         ("[]", "no JSON object"),

@@ -88,6 +88,18 @@ def test_runs_of_a_comparison_are_drawn_and_their_settings_compared(directory):
     assert found.cells("Cost of training, three")[1] == ["alibi", "820,000", "20.0", "10.0"]
 
 
+def test_what_the_data_said_of_a_method_is_no_difference(directory, tmp_path):
+    """A comparison is asked for without a vocabulary's size, which its runs know."""
+    alone = report_files.run(tmp_path / "alone", vocab_size=257)
+    for path in (alone, *directory.glob("*/seed-*")):
+        record = json.loads((path / "config.json").read_text())
+        record["config"]["model"]["vocab_size"] = 257
+        (path / "config.json").write_text(json.dumps(record))
+    rows = {row[0] for row in opened(directory, alone).cells("Settings that differ")}
+    assert "model.position" in rows and "model.vocab_size" not in rows
+    assert ["model.vocab_size", "257"] in opened(directory).cells("All settings of rotary")
+
+
 def test_methods_that_share_a_training_have_evaluations_of_their_own(directory):
     whole = json.loads((directory / "alibi" / "seed-0" / "evaluation.json").read_text())
     whole["verdict"]["text"] = "Scaled, it holds further."

@@ -121,6 +121,47 @@ def test_blocks_cover_the_mean_of_a_stream_better_than_single_pieces():
     assert covered["pieces"] <= 0.87 * 500
 
 
+def copied(times, *lengths):
+    """Documents that differ, and then the first of them as often again."""
+    split = split_of(*lengths)
+    first = split.tokens[: lengths[0]]
+    tokens = np.concatenate([split.tokens, *[first] * times])
+    return Split(tokens, np.concatenate([[0], np.cumsum([*lengths, *[lengths[0]] * times])]))
+
+
+@pytest.mark.parametrize("packing", ["documents", "stream"])
+def test_a_text_that_is_there_twenty_times_counts_once(packing):
+    """Both give the windows of the text without its copies."""
+    lengths = (50, 3, 70, 3)
+    split = copied(19, *lengths)
+    windows = longest_windows(split, longest=20, num_windows=100, packing=packing)
+    once = longest_windows(split_of(*lengths), longest=20, num_windows=100, packing=packing)
+    np.testing.assert_array_equal(windows.tokens, once.tokens)
+    np.testing.assert_array_equal(windows.document, once.document)
+    assert windows.copies == 19 and once.copies == 0
+    short = longest_windows(split, longest=60, num_windows=100, packing=packing)
+    assert short.copies == (0 if packing == "documents" else 19)
+
+
+def test_copies_of_one_text_are_one_document():
+    split = copied(19, 50)
+    windows = longest_windows(split, longest=20, num_windows=100, packing="documents")
+    assert len(windows.tokens) == 2 and len(set(windows.document.tolist())) == 1
+    lengths, _ = supported_lengths(split, (10, 20), "documents")
+    assert lengths == (10, 20)  # with one document one is enough
+    nats = document_sums(np.ones((2, 20)), windows.document)
+    assert interval(nats, nats, resamples(1, 100)) is None  # and not of width 0
+
+
+def test_no_window_of_a_stream_crosses_a_copy_that_is_left_out():
+    split = copied(1, 30, 25)
+    tokens = np.concatenate([split.tokens, np.arange(1000, 1045)])
+    split = Split(tokens, np.append(split.offsets, len(tokens)))
+    windows = longest_windows(split, longest=20, num_windows=100, packing="stream")
+    # 55 tokens before the copy hold two windows of 20 targets, 45 after it two.
+    assert starts(windows) == [0, 20, 1000, 1020]
+
+
 def test_text_without_a_single_window_is_refused():
     with pytest.raises(UserError, match="has the 21 tokens"):
         longest_windows(split_of(20, 19), longest=20, num_windows=4, packing="documents")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 
 import jax
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 
 from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.evaluation import Windows, evaluate, summarize, table, versions, write_json
+from alibi_jax.evaluation.ngrams import NgramLosses
+from alibi_jax.evaluation.windows import supported_lengths
 
 LENGTHS = (16, 32, 64, 128)
 NUM_TARGETS = 8
@@ -54,16 +57,21 @@ def not_finite_beyond_32(tokens):
     return early_tokens(tokens) + np.where(position(tokens) > 32, np.inf, 0).astype(np.float32)
 
 
-def report(loss_fn, windows=None, lengths=LENGTHS):
+def report(loss_fn, windows=None, lengths=LENGTHS, floor=9.0, left_out=()):
+    """The report of a model, and of n-grams that cost so many nats for every token, or more."""
     windows = windows or windows_of()
     losses = evaluate(loss_fn, windows, lengths, tokens_per_batch=512)
+    ngrams = {n: np.full(losses[lengths[0]].shape, floor + 3 - n) for n in (1, 2, 3)}
     return summarize(
         losses,
+        NgramLosses(ngrams, 10**6),
         windows,
+        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
         train_length=lengths[0],
         num_targets=NUM_TARGETS,
         tokenizer=ByteTokenizer(),
         num_bootstrap=500,
+        left_out=left_out,
     )
 
 
@@ -171,6 +179,24 @@ def test_a_model_that_diverged_in_training_gets_no_praise():
     assert "training length of 16 tokens is not finite" in text(lambda t: unigram(t) * np.nan)
 
 
+def test_a_dead_model_gets_no_praise_and_the_floors_stand_beside_it():
+    """A loss of ln 257 everywhere holds at every length; n-grams of 2 nats do not."""
+    summary = report(lambda tokens: unigram(tokens) * 0 + np.log(257), floor=2.0)
+    verdict = summary["verdict"]
+    assert verdict["learned"] is False and verdict["closest_ngram"] == 3
+    assert verdict["holds_to"] is None and verdict["holds_factor"] is None
+    assert "learned too little for a verdict" in verdict["text"] and "holds" not in verdict["text"]
+    for protocol in ("nonoverlapping", "fixed_targets"):
+        for floor, nats in zip(verdict["floors"][protocol], (4, 3, 2), strict=True):
+            assert floor["nats_per_token"] == pytest.approx(nats)
+            assert floor["bits_per_byte"] == pytest.approx(nats / math.log(2) / BYTES_PER_TOKEN)
+            assert floor["change_interval"] == pytest.approx([nats - np.log(257)] * 2)
+    lines = table(summary).splitlines()
+    assert [line.split()[0] for line in lines[6:9]] == ["unigrams", "bigrams", "trigrams"]
+    bits = f"{2 / math.log(2) / BYTES_PER_TOKEN:.4f}"
+    assert lines[8].split()[1:3] == [bits, bits]
+
+
 def test_a_loss_of_zero_is_no_crash():
     summary = report(lambda tokens: unigram(tokens) * 0)
     assert summary["protocols"]["fixed_targets"][1]["relative_change"] is None
@@ -180,6 +206,14 @@ def test_the_training_length_alone_says_nothing_about_longer_ones():
     summary = report(unigram, lengths=(16,))
     assert summary["verdict"]["holds_to"] == 16
     assert "says nothing about longer ones" in summary["verdict"]["text"]
+
+
+def test_a_length_that_was_asked_for_and_cannot_be_is_named_beside_the_numbers():
+    documents = types.SimpleNamespace(tokens=np.arange(300), offsets=np.array([0, 150, 300]))
+    lengths, note = supported_lengths(documents, (16, 32, 3200), "documents")
+    summary = report(early_tokens, lengths=lengths, left_out=[note])
+    assert lengths == (16, 32) and "left out: 3200" in note
+    assert summary["left_out"] == [note] and f"{note}." in " ".join(table(summary).split())
 
 
 def test_one_document_has_no_intervals_and_says_so():

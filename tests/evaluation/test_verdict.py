@@ -22,14 +22,22 @@ def entry(length, change=0.0, interval=(0.0, 0.0)):
     }
 
 
-def judge(fixed, nonoverlapping=None, num_documents=10):
+def floor(n, above, interval):
+    """N-grams whose loss is above the model's by so many nats."""
+    return {"n": n, **entry(None, above, interval)}
+
+
+FAR = [floor(n, 4 - n, (3.9 - n, 4.1 - n)) for n in (1, 2, 3)]
+
+
+def judge(fixed, nonoverlapping=None, num_documents=10, floors=FAR, overlap=0.0):
     """Judge 128 (the training length), 256, ... from changes and their intervals."""
     nonoverlapping = nonoverlapping or fixed
     rows = [
         [entry(128), *(entry(256 * 2**i, *change) for i, change in enumerate(changes))]
         for changes in (nonoverlapping, fixed)
     ]
-    return verdict(*rows, unit="document", num_documents=num_documents)
+    return verdict(*rows, floors, unit="document", num_documents=num_documents, overlap=overlap)
 
 
 def test_a_length_above_a_failing_one_does_not_count():
@@ -92,6 +100,35 @@ def test_one_document_claims_no_gain():
 def test_few_documents_are_named_once(num_documents, few):
     text = judge([(0, (0, 0))], num_documents=num_documents)["text"]
     assert text.count(f"only {num_documents} documents") == few
+
+
+@pytest.mark.parametrize(("overlap", "said"), [(0.19, False), (0.2, True)])
+def test_much_text_that_training_has_as_well_is_named(overlap, said):
+    words = f"{overlap:.0%} of the tokens stand in the training text as well"
+    assert (words in judge([(0, (0, 0))], overlap=overlap)["text"]) == said
+
+
+@pytest.mark.parametrize(
+    ("floors", "named"),
+    [
+        (FAR, None),
+        ([floor(1, 2, (1, 3)), floor(2, 1, (0.5, 1.5)), floor(3, -1, (-1.5, -0.5))], "trigrams"),
+        ([floor(1, 2, (1, 3)), floor(2, 0.1, (-0.1, 0.3)), floor(3, 0.3, (0.1, 0.5))], "bigrams"),
+        # The best is named, not the one that is least sure.
+        ([floor(1, -1, (-9, 7)), floor(2, -2, (-9, 5)), floor(3, -3, (-4, -2))], "trigrams"),
+        ([floor(3, 0.1, None)], None),  # one document: no interval, and it says so
+        ([floor(3, -0.1, None)], "trigrams"),
+    ],
+)
+def test_what_is_not_clearly_better_than_every_n_gram_is_not_judged(floors, named):
+    result = judge([(0.0, (0, 0))], floors=floors)
+    assert result["learned"] == (named is None)
+    assert result["holds_to"] == (None if named else 256)
+    assert ("holds" in result["text"]) == (named is None)
+    if named:
+        assert (
+            f"learned too little for a verdict: not clearly better than {named}" in (result["text"])
+        )
 
 
 @pytest.mark.parametrize(

@@ -81,3 +81,23 @@ def test_padding_alone_gives_no_loss_and_no_gradient(z_loss):
     (total, sums), grads = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(logits))
     assert total == sums["nats"] == sums["tokens"] == 0.0
     np.testing.assert_array_equal(grads, np.zeros_like(logits))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+def test_what_is_masked_does_not_matter(value, z_loss):
+    """Neither in the sums nor in gradients, whatever stands there; a target of nan poisons both."""
+    segment_ids = jnp.asarray([[1, 1, 2, 2, 0, 0]], jnp.int32)
+    masked = np.array([[False, True, False, True, True]])
+    losses = np.random.default_rng(0).uniform(1, 2, (2, 1, 5)).astype(np.float32)
+
+    def total(nats, log_z):
+        return summed_loss((nats, log_z), segment_ids, z_loss)[0]
+
+    both = jax.value_and_grad(total, argnums=(0, 1))
+    expected = both(*jnp.asarray(losses))
+    found = both(*jnp.asarray(np.where(masked, value, losses).astype(np.float32)))
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    losses[0, 0, 0] = np.nan
+    assert np.isnan(total(*jnp.asarray(losses)))

@@ -31,6 +31,11 @@ def main(arguments: list[str]) -> int:
     directories, flags = _parse(arguments)
     require(bool(directories), "no DIR is given: name one or more, as in `alibi report runs/mine`")
     output = Path(flags.get("--output", directories[0] / "report.html")).expanduser()
+    require(
+        output.suffix.lower() in (".html", ".htm"),
+        f"--output={output}: the report is an HTML page: give a name that ends in .html (a browser "
+        "prints it to PDF)",
+    )
     try:
         whole = page(*read(directories))
     except UserError:

@@ -42,7 +42,7 @@ class Guides(NamedTuple):
     """What stands behind the curves."""
 
     vertical: tuple[float, str] | None = None  # a line at x, and its name
-    horizontal: tuple[float, str] | None = None  # a line at y, and its name
+    horizontal: Sequence[tuple[float, str]] = ()  # lines at y, and their names
     band: float | None = None  # the range ±band of y
 
 
@@ -136,8 +136,9 @@ def _y_axis(
     low, high = axis.limits or limits(lines)
     if guides.band is not None:
         low, high = min(low, -2 * guides.band), max(high, 2 * guides.band)
-    if guides.horizontal is not None:
-        low, high = min(low, guides.horizontal[0]), max(high, guides.horizontal[0])
+    if guides.horizontal:  # the lowest is always seen, others where there is room
+        lowest = min(guides.horizontal)[0]
+        low, high = min(low, lowest), max(high, lowest)
     transform = _symlog if axis.scale == "symlog" else float
     ticks = _powers(low, high) if axis.scale == "symlog" else _nice(low, high)
     bottom, top = transform(low), transform(high)
@@ -244,8 +245,9 @@ def _guides(
         parts.append(_segment(to_x(value), _TOP, to_x(value), _HEIGHT - _BOTTOM, "guide"))
         side = "start" if to_x(value) < _WIDTH / 2 else "end"
         parts.append(_label(name, to_x(value) + (4 if side == "start" else -4), _TOP + 8, side))
-    if guides.horizontal is not None:
-        value, name = guides.horizontal
+    for value, name in guides.horizontal:
+        if not _TOP <= to_y(value) <= _HEIGHT - _BOTTOM:
+            continue
         parts.append(_segment(_LEFT, to_y(value), _WIDTH - _RIGHT, to_y(value), "guide"))
         parts.append(_label(name, _WIDTH - _RIGHT, to_y(value) + 13, "end"))
     return parts

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from alibi_jax.evaluation.compare_table import TIME, milliseconds_range
 from alibi_jax.evaluation.html.chart import Axis, Guides, Line, chart, legend
 from alibi_jax.evaluation.html.losses import (
     MISSING,
@@ -61,7 +62,7 @@ def retrieval(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
         if found:
             own = [Line(run.group, _by_length(task), (), style[run.group]) for run, task in found]
             chance = {task["chance"] for _, task in found}
-            horizontal = (chance.pop(), "chance") if len(chance) == 1 else None
+            horizontal = [(chance.pop(), "chance")] if len(chance) == 1 else ()
             percentage = Axis("accuracy", "linear", "{:.0%}".format, limits=(0.0, 1.0))
             length = Axis("window length (tokens)", "log", tokens)
             guides = Guides(horizontal=horizontal)
@@ -81,10 +82,11 @@ def retrieval(runs: Sequence[Run], style: Mapping[str, int]) -> Html | None:
 
 def _by_length(task: Mapping[str, Any]) -> list[tuple[float, float | None]]:
     lengths = sorted({entry["length"] for entry in task["entries"]})
-    return [
-        (n, statistics.mean(e["accuracy"] for e in task["entries"] if e["length"] == n))
-        for n in lengths
-    ]
+    found: list[tuple[float, float | None]] = []
+    for length in lengths:
+        rates = [e["accuracy"] for e in task["entries"] if e["length"] == length]
+        found.append((length, None if None in rates else statistics.mean(rates)))
+    return found
 
 
 def _needle_table(run: Run, task: Mapping[str, Any]) -> Html:
@@ -110,6 +112,8 @@ def _recall_table(recalls: Sequence[tuple[Run, Mapping[str, Any]]]) -> Html:
 
 def _accuracy(entry: Mapping[str, Any], chance: float) -> Cell:
     """An accuracy, shaded by how far it is above chance, if it surely is."""
+    if entry["accuracy"] is None:
+        return Cell(number(None), "heat0")
     above = (entry["accuracy"] - chance) / (1 - chance) if entry["interval"][0] > chance else 0.0
     percent = "{:.0%}".format
     content = lines(percent(entry["accuracy"]), small(bounds(entry["interval"], percent)))
@@ -172,13 +176,14 @@ def cost(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Html | None:
             [
                 method["name"],
                 _known(method["parameters"], "{:,}".format),
-                _known(method["seconds_per_step"], _milliseconds),
+                _known(method["seconds_per_step"], _milliseconds) + milliseconds_range(method),
                 _known(method["memory_bytes"], lambda size: f"{size / 1e6:,.1f}"),
             ]
             for method in comparison.numbers["methods"]
         ]
         header = ["method", "parameters", "ms a step (median)", "MB a step on a device"]
         parts.append(table(f"Cost of training, {comparison.name}", header, rows))
+        parts.append(tag("p", small(f"Time: {TIME}")))
     timed = [
         [run.name, _milliseconds(statistics.median(times))]
         for run in runs
@@ -205,8 +210,24 @@ def configs_of(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[s
     found = {run.name: run.config for run in runs if run.config}
     for comparison in comparisons:
         named = comparison.configs or {comparison.name: comparison.numbers.get("config") or {}}
-        found |= {name: config for name, config in named.items() if config}
+        trained = {run.group: run.config for run in comparison.runs if run.config}
+        found |= {
+            name: _completed(config, trained.get(name, {}))
+            for name, config in named.items()
+            if config
+        }
     return found
+
+
+def _completed(config: Mapping[str, Any], trained: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a method, with what only its data said taken from that of a run."""
+    return {
+        section: {
+            field: trained.get(section, {}).get(field) if value is None else value
+            for field, value in fields.items()
+        }
+        for section, fields in config.items()
+    }
 
 
 def configs(given: Configs) -> Html | None:

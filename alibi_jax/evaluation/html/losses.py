@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from alibi_jax.evaluation import ngrams
 from alibi_jax.evaluation.html.chart import Axis, Guides, Line, chart, legend, limits
 from alibi_jax.evaluation.html.read import Comparison, Run
 from alibi_jax.evaluation.html.tags import Cell, Html, join, lines, table, tag
@@ -31,6 +32,7 @@ class Series(NamedTuple):
     style: int
     train_length: int
     protocols: Mapping[str, Sequence[Mapping[str, Any]]]
+    floors: Mapping[str, Any]  # n-grams by protocol; a file of an earlier version has none
 
 
 def styles(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> dict[str, int]:
@@ -46,7 +48,11 @@ def series_of(
     """What was scored at several lengths."""
     found = [
         Series(
-            run.name, style[run.group], run.evaluation["train_length"], run.evaluation["protocols"]
+            run.name,
+            style[run.group],
+            run.evaluation["train_length"],
+            run.evaluation["protocols"],
+            run.evaluation["verdict"].get("floors", {}),
         )
         for run in runs
         if run.evaluation is not None
@@ -59,6 +65,7 @@ def series_of(
                 style[method["name"]],
                 comparison.numbers["train_length"],
                 method["protocols"],
+                comparison.numbers.get("floors", {}),
             )
             for method in comparison.numbers["methods"]
             if method["protocols"]
@@ -77,7 +84,13 @@ def losses(series: Sequence[Series]) -> Html | None:
     bits = Axis("bits per byte", limits=_known_limits(everything))
     guides = Guides(vertical=_trained(series))
     charts = [
-        chart(lines_, _LENGTH, bits, title=f"Loss, {NAMES[name]}", guides=guides)
+        chart(
+            lines_,
+            _LENGTH,
+            bits,
+            title=f"Loss, {NAMES[name]}",
+            guides=guides._replace(horizontal=[*_floors(series, name).items()]),
+        )
         for name, lines_ in curves.items()
         if _known_limits(lines_)
     ]
@@ -106,6 +119,15 @@ def losses(series: Sequence[Series]) -> Html | None:
         ),
     )
     return join([tag("div", *charts, class_="charts"), legend(everything), note, *tables])
+
+
+def _floors(series: Sequence[Series], protocol: str) -> dict[float, str]:
+    """Bits per byte and names of the n-grams of all series, each value once."""
+    return {
+        floor["bits_per_byte"]: ngrams.NAMES[floor["n"]]
+        for s in series
+        for floor in s.floors.get(protocol, ())
+    }
 
 
 def tokens(length: float) -> str:
@@ -175,6 +197,8 @@ def _loss_table(series: Sequence[Series], protocol: str) -> Html:
             for length in lengths
         ]
         rows.append([s.name, *cells])
+    for value, name in _floors(series, protocol).items():
+        rows.append([f"{name} of the training text", *[number(value)] * len(lengths)])
     caption = f"Bits per byte, {NAMES[protocol]}: loss, 95% interval, change against the training "
     caption += "length"
     return table(caption, ["", *(f"{length:,} tokens" for length in lengths)], rows)

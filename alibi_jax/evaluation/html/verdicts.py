@@ -7,6 +7,7 @@ from alibi_jax.evaluation.compare_table import findings
 from alibi_jax.evaluation.html.losses import MISSING
 from alibi_jax.evaluation.html.read import Comparison, Run
 from alibi_jax.evaluation.html.tags import Cell, Html, join, lines, table, tag
+from alibi_jax.evaluation.tables import scored
 
 
 def verdicts(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> Html:
@@ -48,6 +49,7 @@ def _card(run: Run) -> Html:
         parts.append(tag("p", verdict["details"]))
     if verdict.get("warning"):
         parts.append(tag("p", tag("strong", "Warning: "), verdict["warning"], class_="warning"))
+    parts.append(tag("p", tag("small", scored(run.evaluation))))
     return tag("article", *parts, class_="card")
 
 
@@ -55,7 +57,8 @@ def _length(verdict: Mapping[str, Any], name: str) -> Html:
     """A length of the verdict, with its interval and its protocol in small print."""
     value, interval = verdict.get(name), verdict.get(f"{name}_interval")
     if value is None:
-        return tag("dd", MISSING, class_="unknown")
+        judged = verdict.get("learned") is not False or name == "retrieves_to"
+        return tag("dd", MISSING if judged else "no verdict", class_="unknown")
     protocol = verdict.get(f"{name}_protocol", "fixed_targets")
     how = lines(
         f"[{interval[0]:,}, {interval[1]:,}]" if interval else "", protocol.replace("_", " ")
@@ -88,7 +91,7 @@ def _methods(comparison: Comparison) -> Html:
             [
                 method["name"],
                 f"{finished} of {seeds}",
-                f"{verdict['holds_to']:,}" if verdict else "no run has finished",
+                _holds_to(verdict),
                 Cell(verdict["text"] if verdict else "", "prose"),
             ]
         )
@@ -98,6 +101,13 @@ def _methods(comparison: Comparison) -> Html:
     if said:
         parts.append(tag("details", tag("summary", "Verdicts of the runs"), tag("ul", *said)))
     return join(parts)
+
+
+def _holds_to(verdict: Mapping[str, Any] | None) -> str:
+    """Tokens to which a method of a comparison holds."""
+    if verdict is None:
+        return "no run has finished"
+    return "no verdict" if verdict["holds_to"] is None else f"{verdict['holds_to']:,}"
 
 
 def _said(run: Run) -> Html:

@@ -120,7 +120,7 @@ def test_memory_is_what_the_parameters_take(found):
     memory = found.step.memory
     assert memory.parameters == 4 * on_device
     assert memory.optimizer == 2 * 4 * on_device + 2 * 4  # and two counters of steps
-    assert memory.batch == 2 * (BATCH / 4) * (LENGTH + 1) * 4  # tokens and segments, int32
+    assert memory.batch == 3 * (BATCH / 4) * (LENGTH + 1) * 4  # tokens, segments, bytes: int32
     # At least every activation between the two halves of a layer, and float32 logits.
     tokens = BATCH * LENGTH / 4
     assert memory.temporaries > tokens * (2 * LAYERS * WIDTH * 2 + VOCAB * 4)

@@ -27,7 +27,7 @@ _PIECE = 1 << 12  # tokens
 class NgramLosses(NamedTuple):
     """Losses of the tokens of windows under the n-grams of a text."""
 
-    by_order: dict[int, np.ndarray]  # for each n of `NAMES`, nats of each token, float64 [N, T]
+    by_order: dict[int, np.ndarray]  # nats of each token for n of `NAMES`, float64 [N, T]
     num_counted: int  # tokens of the text that were counted
 
 
@@ -37,13 +37,13 @@ def ngram_losses(training: np.ndarray, rows: np.ndarray, vocab_size: int) -> Ngr
     Args:
         training: Token ids, int [M]. Of more than 2^24, pieces that are spread evenly count.
         rows: int [N, T + 1]; the first token of each row is context only.
-        vocab_size: At most 2^21, so that a trigram is one 64-bit number.
+        vocab_size: Beyond 2^21, where a trigram is no 64-bit number, there are no trigrams.
     """
     text = _sample(training).astype(np.int64)
     rows = rows.astype(np.int64)
     probability = np.full(rows[:, 1:].shape, 1 / vocab_size)
     losses = {}
-    for n in NAMES:
+    for n in (n for n in NAMES if vocab_size**n < 1 << 63):
         counted = _Counts(_numbers(text, n, vocab_size), vocab_size)
         # The first targets of a row have fewer than n - 1 tokens before them.
         later = probability[:, max(n - 2, 0) :]

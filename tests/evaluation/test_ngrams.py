@@ -80,3 +80,10 @@ def test_of_a_long_text_pieces_from_all_over_it_count(monkeypatch):
     assert num_counted == 40
     (common,) = np.nonzero(losses[1][:, 0] < np.log(100))
     assert common.tolist() == [12, 37, 62, 87]
+
+
+def test_what_no_64_bits_hold_is_not_counted():
+    token = 3_000_000 - 1
+    losses, _ = ngram_losses(np.full(9, token), np.full((1, 4), token), token + 1)
+    assert list(losses) == [1, 2]
+    np.testing.assert_allclose(np.exp(-losses[1]), (9 + 1 / 3e6) / 10)

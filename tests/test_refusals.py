@@ -47,7 +47,7 @@ VALUES = [
     ("model.slopes=1,2,3", "config.model.slopes has 3 values for num_heads=2: give one a head"),
     ("model.slopes=1,-2", "finite numbers, at least 0"),
     ("model.remat=true", "must be one of none, dots, full"),
-    ("model.position=rope", "must be one of alibi, sinusoidal, learned"),
+    ("model.position=rope", "did you mean rotary?"),
     ("model.bias_max=0", "config.model.bias_max=0.0: a finite number above 0"),
     ("model.vocab_size=10", "config.model.vocab_size=10 is less than the tokenizer's 257"),
     ("model.num_lay=1", "did you mean config.model.num_layers?"),
@@ -71,6 +71,7 @@ VALUES = [
     ("optimizer.learning_rate=0", "config.optimizer.learning_rate=0.0: must be above 0"),
     ("optimizer.learning_rate=nan", "must be a number"),
     ("optimizer.learning_rate=-1", "config.optimizer.learning_rate=-1.0: must be above 0"),
+    (f"optimizer.learning_rate=1{'0' * 400}", "config.optimizer.learning_rate=inf: must be above"),
     ("optimizer.schedule=step", "must be one of cosine, linear, constant"),
     (
         "optimizer.warmup_steps=201",
@@ -106,7 +107,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "words"), VALUES, ids=[fields for fields, _ in VALUES])
+@pytest.mark.parametrize(("fields", "words"), VALUES, ids=[fields[:40] for fields, _ in VALUES])
 def test_bad_value(command, train, capsys, tmp_path, fields, words):
     flags = [f"--config.{field}" for field in fields.split(" ")]
     base = [f"--config={command.file}", f"--workdir={tmp_path / 'run'}"]

@@ -5,6 +5,7 @@ import difflib
 import pathlib
 from typing import Literal
 
+from alibi_jax import fields
 from alibi_jax.errors import UserError, require
 
 SCHEMES = ("stdlib", "files:", "tfds:")
@@ -35,6 +36,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Check every value without reading any data; raise UserError for one that cannot work."""
+        fields.check(self, "config.data")
         _check_source(self.source)
         _check_tokenizer(self.tokenizer)
         for name in ("sequence_length", "batch_size"):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from alibi_jax import fields
 from alibi_jax.errors import require
 
 _MIN_BOOTSTRAP = 100  # below this the 2.5th percentile is one or two resamples
@@ -48,6 +49,7 @@ class EvaluationConfig:
             whole_windows: Whether windows are computed whole, as at the end of training, and not in
                 chunks, as by `alibi eval` and `alibi compare`.
         """
+        fields.check(self, "config.evaluation")
         self.validate_multiples()
         self.validate_counts(train_length)
         longest = self.lengths(train_length)[-1]

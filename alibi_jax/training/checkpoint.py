@@ -13,6 +13,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ from alibi_jax.training.state import TrainState
 from alibi_jax.training.workdir import checkpoint_steps
 
 _STATE = "state"
+_SPECIAL = {*"[]*?:\\"}  # to Orbax and TensorStore, in a path
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of what is being written or removed
 
 
@@ -53,8 +55,10 @@ class Checkpointer:
         """
         _quiet()
         self._directory, self._keep, self._config = directory, keep, config
+        self._name = contextlib.ExitStack()
         with self._writing():
             self._latest = from_main(self._prepare)
+            self._plain = self._name.enter_context(_plain_name(directory))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[int] | None = None
 
@@ -65,7 +69,8 @@ class Checkpointer:
         wait = kind is None or jax.process_count() == 1
         self._thread.shutdown(wait)
         if wait:
-            self.wait()
+            with self._name:
+                self.wait()
 
     @property
     def latest(self) -> Path | None:
@@ -83,7 +88,7 @@ class Checkpointer:
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._writing(), ocp.Context(async_options=options):
             response = ocp.save_checkpointables_async(
-                (self._directory / str(step)).absolute(), {_STATE: state}, custom_metadata=about
+                self._plain / str(step), {_STATE: state}, custom_metadata=about
             )
         self._pending = self._thread.submit(self._finish, step, response)
 
@@ -171,10 +176,28 @@ def _read(path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]
         active_processes={jax.process_index()},
         barrier_sync_key_prefix=f"process_{jax.process_index()}",
     )
-    with ocp.Context(multiprocessing_options=here):
-        metadata = ocp.metadata(path.absolute()).custom_metadata
-        state = ocp.load_checkpointables(path.absolute(), {_STATE: abstract})[_STATE]
+    with ocp.Context(multiprocessing_options=here), _plain_name(path.parent) as parent:
+        metadata = ocp.metadata(parent / path.name).custom_metadata
+        state = ocp.load_checkpointables(parent / path.name, {_STATE: abstract})[_STATE]
     return state, metadata["position"]
+
+
+@contextlib.contextmanager
+def _plain_name(directory: Path) -> Iterator[Path]:
+    """The absolute path of a directory, or another name of it that Orbax and TensorStore can take.
+
+    They match the whole path as a pattern, take part of it for a URL, and refuse what is no UTF-8:
+    under such a name they may lose what they wrote.
+    """
+    path = directory.absolute()
+    if str(path).isprintable() and not _SPECIAL & {*str(path)}:
+        yield path
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        yield Path(f"/proc/self/fd/{file}")
+    finally:
+        os.close(file)
 
 
 def _quiet() -> None:

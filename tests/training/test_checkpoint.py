@@ -103,6 +103,34 @@ def test_round_trip(folder, saved, model, meshes, to_numpy, target):
         assert leaf.sharding.is_equivalent_to(promised.sharding, leaf.ndim)
 
 
+NAMES = [
+    "exp [lr=1e-3]",
+    "a*b?",
+    "back\\slash",
+    "back\\",
+    "new\nline",
+    "gs:",
+    " spaces ",
+    "-dash",
+    255 * "x",
+    os.fsdecode(b"latin-1 \xe9"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_every_name_that_the_file_system_allows(tmp_path, model, meshes, to_numpy, name):
+    """Orbax reads some characters of a path as more than a name."""
+    folder, mesh = tmp_path / name / "checkpoints", meshes[8, 1, 1]
+    for step in (1, 2):
+        with Checkpointer(folder, 1) as saver:
+            saver.save(step, make(model, mesh, step), POSITION)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    restored = restore(folder, make_abstract(model, mesh))
+    assert (restored.step, restored.unreadable) == (2, {})
+    same(to_numpy, make(model, mesh, 2), restored.state)
+
+
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_fewer_devices(folder, saved, model, meshes, to_numpy, num_devices):
     """Eight devices saved it."""

@@ -25,10 +25,9 @@ from orbax.checkpoint import v1 as ocp
 from alibi_jax.distributed import any_process, from_main, is_lost_peer, is_main
 from alibi_jax.errors import UserError
 from alibi_jax.training.state import TrainState
-from alibi_jax.training.workdir import checkpoint_steps
+from alibi_jax.training.workdir import checkpoint_steps, is_odd
 
 _STATE = "state"
-_SPECIAL = {*"[]*?:\\"}  # to Orbax and TensorStore, in a path
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of what is being written or removed
 
 
@@ -184,13 +183,9 @@ def _read(path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]
 
 @contextlib.contextmanager
 def _plain_name(directory: Path) -> Iterator[Path]:
-    """The absolute path of a directory, or another name of it that Orbax and TensorStore can take.
-
-    They match the whole path as a pattern, take part of it for a URL, and refuse what is no UTF-8:
-    under such a name they may lose what they wrote.
-    """
+    """The absolute path of a directory, or another name of it, of this process, if it `is_odd`."""
     path = directory.absolute()
-    if str(path).isprintable() and not _SPECIAL & {*str(path)}:
+    if not is_odd(path):
         yield path
         return
     file = os.open(path, os.O_RDONLY)

@@ -108,6 +108,20 @@ def check_usable(workdir: Path) -> None:
             parent.is_dir() and os.access(parent, os.W_OK),
             f"--workdir={workdir} cannot be written in {parent}: choose another directory",
         )
+        require(
+            jax.process_count() == 1 or not is_odd(workdir),
+            f"--workdir={workdir}: several processes cannot save under a name with any of []*?:\\ "
+            "or what cannot be printed: choose another directory",
+        )
+
+
+def is_odd(workdir: Path) -> bool:
+    """Whether Orbax and TensorStore, given this path, could lose what they write.
+
+    They match the whole of it as a pattern, take part of it for a URL, and refuse what is no UTF-8.
+    """
+    path = str(workdir.absolute())
+    return not path.isprintable() or any(character in path for character in "[]*?:\\")
 
 
 def checkpoint_steps(directory: Path) -> list[int]:

@@ -206,6 +206,17 @@ def test_no_directory(tmp_path, config):
     refused("cannot write .*choose another", tmp_path / "run", config, STREAM)
 
 
+def test_a_name_that_orbax_misreads(tmp_path, monkeypatch):
+    """One process goes round it; several would each have another name for it."""
+    for name in ("exp [lr=1e-3]", "back\\slash", "12:30", "new\nline"):
+        workdir.check_usable(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir.jax, "process_count", lambda: 2)
+            with pytest.raises(UserError, match="several processes cannot save under a name with"):
+                workdir.check_usable(tmp_path / name)
+            workdir.check_usable(tmp_path / "lr=1e-3, é")
+
+
 def test_checkpoints_of_nobody(tmp_path, config):
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     refused("checkpoints without the config.json .*: choose", tmp_path, config, STREAM)

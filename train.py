@@ -27,20 +27,25 @@ from alibi_jax.run import train_short_test_long
 from alibi_jax.training import goodput, loop
 
 
-def run(config: Config, directory: Path, profile: str | None) -> None:
-    """Trains and evaluates; everything that can be wrong is checked before anything is trained."""
+def run(config: Config, directory: Path, profile: str | None) -> int:
+    """Trains and evaluates; everything that can be wrong is checked before anything is trained.
+
+    Returns the exit code.
+    """
     outcome = train_short_test_long(config, directory, profile=profile, say=print_once)
     if outcome.summary is None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
         print_once(goodput.table(outcome.spent))
         print_once(f"stopped at step {outcome.step}, saved; the same command goes on from there")
-        return
+        return STOPPED
     print_once(f"{goodput.table(outcome.spent)}\n")
     print_once(evaluation.table(outcome.summary))
     figure, numbers = (directory / f"extrapolation.{suffix}" for suffix in ("png", "json"))
     print_once(f"\nfigure {figure}, numbers {numbers}")
+    return 0
 
 
+STOPPED = 130  # exit code, of Ctrl-C by convention
 FLAGS = ("--config", "--workdir", "--profile", "--config.", "--distributed.")
 
 
@@ -59,10 +64,11 @@ def parse(arguments: list[str]) -> dict[str, str] | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, or stopped by a signal with all saved; 1 diverged; 2 bad input.
+    """Exit code: 0 done; 1 diverged; 2 bad input; 3 another process of the run was lost.
 
-    3: another process of the run was lost. 130: Ctrl-C or SIGTERM outside the training loop, or a
-    second one. All processes of a run end with the same code.
+    130: stopped by Ctrl-C or SIGTERM, so that what should follow a whole run does not. In training
+    all is saved first, unless there comes a second one. All processes of a run end with the same
+    code.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
@@ -70,8 +76,9 @@ def main(arguments: list[str]) -> int:
         if flags is not None:
             distributed.initialize(below("--distributed.", flags))
             config = load_config(flags["--config"], below("--config.", flags))
-            run(config, Path(flags["--workdir"]).expanduser(), flags.get("--profile"))
+            code = run(config, Path(flags["--workdir"]).expanduser(), flags.get("--profile"))
             distributed.finish()
+            return code
     except UserError as error:
         return fail(2, error)
     except loop.Diverged as error:
@@ -88,7 +95,7 @@ def main(arguments: list[str]) -> int:
             "config.evaluation.tokens_per_batch or shorten config.evaluation.multiples",
         )
     except KeyboardInterrupt:
-        return fail(130, "interrupted; the same command goes on from the last checkpoint")
+        return fail(STOPPED, "interrupted; the same command goes on from the last checkpoint")
     return 0
 
 

@@ -67,6 +67,7 @@ class TrainingConfig:
     validation_batches: int = 8  # batches of validation data in each such loss
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept
+    keep_best: bool = False  # also save and keep that of the lowest validation loss
     # What a loss or gradient that is not finite does: "skip" leaves parameters and optimizer as
     # they were and goes on to the next batch.
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -80,6 +81,11 @@ class TrainingConfig:
         _within("training.seed", self.seed, 0, 2**32 - 1)
         _within("training.z_loss", self.z_loss, 0.0, 1.0)
         _within("training.validate_every", self.validate_every, 0)
+        require(
+            self.validate_every > 0 or not self.keep_best,
+            "config.training.keep_best=true needs validation losses, and validate_every=0: give a "
+            "number of steps",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,10 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -37,27 +38,41 @@ class Restored(NamedTuple):
     step: int
     state: TrainState
     position: dict[str, Any]  # of the data iterator
-    unreadable: dict[Path, str]  # where newer, damaged checkpoints were moved, and what was wrong
+    unreadable: dict[Path, str]  # where newer, damaged checkpoints are now, and what was wrong
 
 
 class Checkpointer:
-    """Writes checkpoints `DIR/STEP` in the background and keeps the newest few.
+    """Writes checkpoints `DIR/STEP` in the background, and keeps the newest few and the best.
 
     Use it in a `with`, whose end waits for the last one: except where one of several processes has
     met an error, since the part of another may never come.
     """
 
-    def __init__(self, directory: Path, keep: int, config: dict[str, Any] | None = None):
+    def __init__(
+        self,
+        directory: Path,
+        keep: int,
+        config: dict[str, Any] | None = None,
+        *,
+        keep_best: bool = False,
+    ):
         """Makes the directory and frees it of what a killed run left half done.
 
-        `config` is kept in every checkpoint, to tell what it is of.
+        Args:
+          directory: of the checkpoints.
+          keep: how many of the newest.
+          config: kept in every checkpoint, to tell what it is of.
+          keep_best: whether that of the lowest validation loss is kept as well.
         """
         _quiet()
         self._directory, self._keep, self._config = directory, keep, config
+        self._keep_best = keep_best
         self._name = contextlib.ExitStack()
         with self._writing():
-            self._latest = from_main(self._prepare)
+            losses = dict(from_main(self._prepare))
             self._plain = self._name.enter_context(_plain_name(directory))
+        self._latest: int | None = max(losses, default=None)
+        self._losses = {step: loss for step, loss in losses.items() if loss is not None}
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[int] | None = None
 
@@ -77,12 +92,24 @@ class Checkpointer:
         self.wait()
         return None if self._latest is None else self._directory / str(self._latest)
 
-    def save(self, step: int, state: TrainState, position: dict[str, Any]) -> None:
+    def is_best(self, validation_loss: float) -> bool:
+        """Whether no checkpoint has a validation loss as low."""
+        return validation_loss < min(self._losses.values(), default=math.inf)
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        position: dict[str, Any],
+        validation_loss: float | None = None,
+    ) -> None:
         """Starts to save; arrays are copied before it returns. Does nothing if step is saved."""
         self.wait()
         if step == self._latest:
             return
-        about = {"position": position, "config": self._config}
+        about: dict[str, Any] = {"position": position, "config": self._config}
+        if validation_loss is not None and math.isfinite(validation_loss):
+            about["validation_loss"] = self._losses[step] = validation_loss
         # What makes the directory fails here, before threads of Orbax wait for it.
         options = ocp.options.AsyncOptions(create_directories_asynchronously=False)
         with self._writing(), ocp.Context(async_options=options):
@@ -103,16 +130,19 @@ class Checkpointer:
             with self._writing():
                 self._latest = pending.result()
 
-    def _prepare(self) -> int | None:
+    def _prepare(self) -> list[tuple[int, float | None]]:
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.glob(f"*{_UNFINISHED}"):
             shutil.rmtree(path)
-        return next(iter(checkpoint_steps(self._directory)), None)
+        return list(validation_losses(self._directory).items())
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> int:
         response.result()
         if is_main():
-            for old in checkpoint_steps(self._directory)[self._keep :]:
+            steps = checkpoint_steps(self._directory)
+            best = [(self._losses[step], step) for step in steps if step in self._losses]
+            keep = {*steps[: self._keep], *([min(best)[1]] if self._keep_best and best else [])}
+            for old in set(steps) - keep:
                 path = self._directory / str(old)
                 shutil.rmtree(path.rename(f"{path}{_UNFINISHED}"))
         return step
@@ -130,10 +160,21 @@ class Checkpointer:
             ) from error
 
 
-def restore(directory: Path, abstract: TrainState) -> Restored | None:
+def restore(
+    directory: Path,
+    abstract: TrainState,
+    *,
+    steps: Sequence[int] | None = None,
+    repair: bool = True,
+) -> Restored | None:
     """Reads the newest checkpoint that can be read, with the shardings of `abstract`.
 
-    Damaged ones are moved out of the way, next to the directory.
+    Args:
+      directory: of the checkpoints.
+      abstract: shapes, dtypes and shardings of the state.
+      steps: of the checkpoints to try, newest first; None: of all.
+      repair: whether damaged ones are moved out of the way, next to the directory. Not where
+        another process may be writing and removing checkpoints.
 
     Returns:
       None if there is no checkpoint.
@@ -143,7 +184,7 @@ def restore(directory: Path, abstract: TrainState) -> Restored | None:
     """
     _quiet()
     damaged: dict[Path, str] = {}
-    for step in from_main(lambda: checkpoint_steps(directory)):
+    for step in from_main(lambda: checkpoint_steps(directory)) if steps is None else steps:
         path = directory / str(step)
         reason = None
         try:
@@ -153,32 +194,64 @@ def restore(directory: Path, abstract: TrainState) -> Restored | None:
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged one
             if "RESOURCE_EXHAUSTED" in str(error):
                 raise
+            if not repair and not path.exists():
+                continue  # removed as it was read
             reason = _reason(error)
         if any_process(reason is not None):
             damaged[path] = reason or "another process cannot read it"
             continue
+        if not repair:
+            return Restored(step, state, position, damaged)
         moved = from_main(lambda: [[str(_set_aside(path)), damaged[path]] for path in damaged])
         return Restored(step, state, position, {Path(path): reason for path, reason in moved})
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoint(s) in {directory} can be read "
-            f"({next(iter(damaged.values()))}); start again in another --workdir"
+            f"({next(iter(damaged.values()))})"
+            + ("; start again in another --workdir" if repair else "")
         )
     return None
 
 
-def _read(path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the data's position; together all that resuming needs."""
-    # Every process reads for itself, so that none waits for another that meets damage.
+def validation_losses(directory: Path) -> dict[int, float | None]:
+    """The validation loss of every checkpoint, newest first; None where there is none."""
+    _quiet()
+    losses: dict[int, float | None] = {}
+    for step in checkpoint_steps(directory):
+        try:
+            with _alone(directory) as plain:
+                losses[step] = _about(plain / str(step)).get("validation_loss")
+        except Exception:  # many kinds: whoever reads the checkpoint will tell
+            losses[step] = None
+    return losses
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[Path]:
+    """The plain name of a directory, to read there: no process waits for one that meets damage."""
     here = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
         barrier_sync_key_prefix=f"process_{jax.process_index()}",
     )
-    with ocp.Context(multiprocessing_options=here), _plain_name(path.parent) as parent:
-        metadata = ocp.metadata(parent / path.name).custom_metadata
-        state = ocp.load_checkpointables(parent / path.name, {_STATE: abstract})[_STATE]
-    return state, metadata["position"]
+    with ocp.Context(multiprocessing_options=here), _plain_name(directory) as plain:
+        yield plain
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the state."""
+    about = ocp.metadata(path).custom_metadata
+    if not about or "position" not in about:
+        raise ValueError("it does not say what it is of")
+    return about
+
+
+def _read(path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
+    """The state and the data's position; together all that resuming needs."""
+    with _alone(path.parent) as plain:
+        about = _about(plain / path.name)
+        state = ocp.load_checkpointables(plain / path.name, {_STATE: abstract})[_STATE]
+    return state, about["position"]
 
 
 @contextlib.contextmanager

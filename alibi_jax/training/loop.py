@@ -175,7 +175,9 @@ def train(
     if restored:
         batches.set_state(restored.position)
     validate = _validation(config, corpus, program)
-    saver = checkpoint.Checkpointer(checkpoints, training.keep_checkpoints, config.to_dict())
+    saver = checkpoint.Checkpointer(
+        checkpoints, training.keep_checkpoints, config.to_dict(), keep_best=training.keep_best
+    )
     with workdir.writing(directory), contextlib.ExitStack() as stack:
         stack.callback(clock.write, directory)
         stack.enter_context(saver)
@@ -227,12 +229,15 @@ def train(
                 if due or validation_due:
                     report(*pending)  # so that a state that diverged is never saved
                     pending = None
+                validation_loss = None
                 if validation_due:
                     with clock.spend("validation"):
-                        logs.validation(step, validate(state.params))
+                        validation_loss = validate(state.params)
+                        logs.validation(step, validation_loss)
+                    due = due or (training.keep_best and saver.is_best(validation_loss))
                 if due:
                     with clock.spend("checkpoint"):
-                        saver.save(step, state, batches.get_state())
+                        saver.save(step, state, batches.get_state(), validation_loss)
                         clock.write(directory)
                     saved = step
             if pending is not None:

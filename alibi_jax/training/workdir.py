@@ -18,7 +18,7 @@ from alibi_jax.files import write_text
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
+LOCK, EVALUATION_LOCK = ".lock", ".evaluation.lock"
 
 _SEEN_SECONDS = 60.0  # until every machine sees a new file of a shared disk
 
@@ -33,6 +33,7 @@ RESUMABLE = (
     "training.validation_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_best",
     "training.on_nonfinite",
     "evaluation.",
     "mesh.",
@@ -144,15 +145,19 @@ def writing(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` and keeps other runs out; the system frees it if process 0 dies."""
+def locked(workdir: Path, lock: str = LOCK) -> Iterator[None]:
+    """Makes `workdir` and keeps others out; the system frees it if process 0 dies.
+
+    `lock` names the file: `LOCK` is of runs, `EVALUATION_LOCK` of evaluations, which may read while
+    a run goes on.
+    """
     if not distributed.is_main():
         yield
         return
     with contextlib.ExitStack() as stack:
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((workdir / LOCK).open("w"))
+            file = stack.enter_context((workdir / lock).open("w"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -178,7 +183,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_same_run(workdir: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    before, after = _flat(there["config"]), _flat(now["config"])
+    defaults = json.loads(json.dumps(Config().to_dict()))  # of fields newer than the run
+    before, after = _flat(defaults) | _flat(there["config"]), _flat(now["config"])
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name) and not name.startswith(RESUMABLE):
             raise UserError(

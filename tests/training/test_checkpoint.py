@@ -248,6 +248,27 @@ def test_falls_back_over_several_and_again(folder, saved, model, meshes):
     assert restore(folder, abstract).step == 30
 
 
+def test_reading_beside_a_run_moves_nothing(folder, saved, model, meshes):
+    """What was removed as it was read is not damaged."""
+    abstract = make_abstract(model, meshes[8, 1, 1])
+    saved(10, 20, 30)
+    truncate(folder / "30")
+    restored = restore(folder, abstract, repair=False)
+    assert restored.step == 20 and list(restored.unreadable) == [folder / "30"]
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20", "30"]
+    assert restore(folder, abstract, steps=[50, 40], repair=False) is None
+    assert restore(folder, abstract, steps=[50, 10], repair=False).unreadable == {}
+
+
+def test_metadata_that_do_not_tell(folder, model, meshes):
+    with Checkpointer(folder, 1) as saver:
+        saver.save(10, make(model, meshes[8, 1, 1]), {})
+    path = folder / "10" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"position"', '"elsewhere"'))
+    with pytest.raises(UserError, match=r"can be read \(it does not say what it is of\); start"):
+        restore(folder, make_abstract(model, meshes[8, 1, 1]))
+
+
 def test_all_damaged(folder, saved, model, meshes):
     saved(10, 20)
     for path in folder.iterdir():

@@ -237,6 +237,30 @@ def test_damaged_checkpoint(make_run, undisturbed, capsys):
     assert (run.folder / "unreadable-8").is_dir()
 
 
+def test_the_best_is_kept(make_run):
+    """Also where none was due, and beyond an interruption."""
+    losses, now = [9.0, 5.0, 6.0, 7.0, 4.0, 8.0, math.nan, 5.0], [0]
+    best = {"validate_every": 1, "checkpoint_every": 3, "keep_checkpoints": 1, "keep_best": True}
+    run = make_run(**best)
+
+    def before(step):
+        now[0] = step
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def loss_fn(params, tokens, ids):
+        return jnp.full((tokens.shape[0], tokens.shape[1] - 1), losses[now[0] - 1])
+
+    run.before, run.program = before, run.program._replace(loss_fn=loss_fn)
+    assert run.train()[0] == 6
+    assert run.saved == [5, 6]
+    run.before = lambda step: now.__setitem__(0, step)
+    assert run.train()[0] == 8
+    assert run.saved == [5, 8]
+    kept = checkpoint.validation_losses(run.folder / "checkpoints")
+    assert kept == {8: None, 5: pytest.approx(4.0)}  # none was due at step 8, the last
+
+
 def test_no_validation(make_run, corpus, changed):
     run = make_run(validate_every=0)
     run.program = run.program._replace(loss_fn=None)

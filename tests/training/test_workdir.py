@@ -90,6 +90,7 @@ CHANGES = {
     "training.validation_batches": 3,
     "training.checkpoint_every": 3,
     "training.keep_checkpoints": 3,
+    "training.keep_best": True,
     "training.on_nonfinite": "skip",
     "evaluation.multiples": (1, 4),
     "evaluation.split": "valid",
@@ -114,6 +115,7 @@ MAY_CHANGE = {
     "training.validation_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_best",
     "training.on_nonfinite",
     *(name for name in CHANGES if name.startswith(("evaluation.", "mesh."))),
 }
@@ -256,8 +258,8 @@ def test_one_process_at_a_time(tmp_path):
             other.enter_context(workdir.locked(folder))
     with pytest.raises(OSError, match="inside"), workdir.locked(folder):
         raise OSError("inside")  # what happens inside says for itself what it is
-    with workdir.locked(folder):
-        pass
+    with workdir.locked(folder), workdir.locked(folder, workdir.EVALUATION_LOCK):
+        pass  # an evaluation reads while a run goes on
 
 
 def test_fewer_steps_than_were_taken(tmp_path, config, changed):
@@ -273,6 +275,22 @@ def test_fewer_steps_than_were_taken(tmp_path, config, changed):
     )
     assert (tmp_path / "config.json").read_text() == before
     workdir.claim(tmp_path, changed(config, training={"num_steps": 9}), STREAM)
+
+
+def test_a_run_of_before_a_field_was_there(tmp_path, config, changed):
+    """It had the field's default."""
+    workdir.claim(tmp_path, config, STREAM)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["model"]["qk_norm"], record["config"]["optimizer"]["beta2"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    refused(
+        "config.model.qk_norm=None, this one has full",
+        tmp_path,
+        changed(config, model={"qk_norm": "full"}),
+        STREAM,
+    )
+    workdir.claim(tmp_path, config, STREAM)
 
 
 def test_integers_for_floats_are_the_same_run(tmp_path, config, changed):

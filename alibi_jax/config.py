@@ -28,8 +28,11 @@ class OptimizerConfig:
 
     name: Literal["adamw", "nag"] = "adamw"
     learning_rate: float = 2e-3  # the peak, reached at the end of the warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    # After the warm-up. "wsd" (warm-up, stable, decay) stays at the peak and decays at the end.
+    # With more num_steps such a run goes on from where its decay began, whose checkpoint is kept.
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 50  # steps of linear warm-up from 0
+    decay_fraction: float = 0.2  # wsd: share of the steps, at the end, that decay
     final_fraction: float = 0.1  # of the peak, reached after the last step (not "constant")
     beta1: float = 0.9  # decay of the mean of gradients; the momentum of nag
     beta2: float = 0.95  # adamw: decay of the mean of squared gradients
@@ -42,6 +45,7 @@ class OptimizerConfig:
         fields.check(self, "config.optimizer")
         _within("optimizer.learning_rate", self.learning_rate, 0.0, 1e3, low_open=True)
         _within("optimizer.warmup_steps", self.warmup_steps, 0)
+        _within("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0, low_open=True)
         _within("optimizer.final_fraction", self.final_fraction, 0.0, 1.0)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -52,6 +56,12 @@ class OptimizerConfig:
         _within("optimizer.epsilon", self.epsilon, 0.0, 1.0, low_open=True)
         _within("optimizer.weight_decay", self.weight_decay, 0.0, 1e3)
         _within("optimizer.clip_norm", self.clip_norm, 0.0, low_open=True)
+
+    def decay_start(self, num_steps: int) -> int | None:
+        """The step at which "wsd" begins to decay; None for other schedules."""
+        if self.schedule != "wsd":
+            return None
+        return num_steps - max(1, round(self.decay_fraction * num_steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +168,13 @@ class Config:
             self.optimizer.warmup_steps <= self.training.num_steps,
             f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is more than "
             f"config.training.num_steps={self.training.num_steps}: warm up for at most as many",
+        )
+        decay_start = self.optimizer.decay_start(self.training.num_steps)
+        require(
+            decay_start is None or self.optimizer.warmup_steps <= decay_start,
+            f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is beyond step "
+            f"{decay_start} of {self.training.num_steps}, where decay_fraction="
+            f"{self.optimizer.decay_fraction} begins: make one of them smaller",
         )
 
     def with_trained_length(self) -> "Config":

@@ -25,6 +25,7 @@ ALIASES = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "nesterov": "nag",
+    "trapezoidal": "wsd",
     "bf16": "bfloat16",
     "fp32": "float32",
 }

@@ -72,7 +72,7 @@ VALUES = [
     ("optimizer.learning_rate=nan", "must be a number"),
     ("optimizer.learning_rate=-1", "config.optimizer.learning_rate=-1.0: must be above 0"),
     (f"optimizer.learning_rate=1{'0' * 400}", "config.optimizer.learning_rate=inf: must be above"),
-    ("optimizer.schedule=step", "must be one of cosine, linear, constant"),
+    ("optimizer.schedule=step", "must be one of cosine, linear, constant, wsd"),
     (
         "optimizer.warmup_steps=201",
         "is more than config.training.num_steps=200: warm up for at most",

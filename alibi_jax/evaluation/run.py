@@ -54,8 +54,7 @@ from alibi_jax.evaluation.panels import evaluation_figure
 from alibi_jax.evaluation.report import versions, write_json
 from alibi_jax.evaluation.tables import evaluation_table
 from alibi_jax.evaluation.windows import supported_lengths
-from alibi_jax.training import compilation_cache, workdir
-from alibi_jax.training.checkpoint import validation_losses
+from alibi_jax.training import checkpoint, compilation_cache, workdir
 
 FLAGS = (
     "--workdir",
@@ -162,14 +161,13 @@ def evaluate_run(
 
 def best_step(checkpoints: Path, config: Config) -> int:
     """The step of the lowest validation loss; UserError if the run does not keep it."""
-    losses = validation_losses(checkpoints)
-    best = min(((loss, step) for step, loss in losses.items() if loss is not None), default=None)
-    if best is None or not config.training.keep_best:
-        raise UserError(
-            "--step=best: the run keeps no checkpoint of the lowest validation loss: train it with "
-            "config.training.keep_best=true"
-        )
-    return best[1]
+    losses = checkpoint.validation_losses(checkpoint.metadata(checkpoints))
+    require(
+        bool(losses) and config.training.keep_best,
+        "--step=best: the run keeps no checkpoint of the lowest validation loss: train it with "
+        "config.training.keep_best=true",
+    )
+    return min((loss, step) for step, loss in losses.items())[1]
 
 
 def numbers_file(directory: Path, config: Config, step: int | None = None) -> Path:

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -38,11 +38,12 @@ class Restored(NamedTuple):
     step: int
     state: TrainState
     position: dict[str, Any]  # of the data iterator
+    config: dict[str, Any] | None  # of the run when it was saved
     unreadable: dict[Path, str]  # where newer, damaged checkpoints are now, and what was wrong
 
 
 class Checkpointer:
-    """Writes checkpoints `DIR/STEP` in the background, and keeps the newest few and the best.
+    """Writes checkpoints `DIR/STEP` in the background and keeps the newest few, and two others.
 
     Use it in a `with`, whose end waits for the last one: except where one of several processes has
     met an error, since the part of another may never come.
@@ -55,6 +56,7 @@ class Checkpointer:
         config: dict[str, Any] | None = None,
         *,
         keep_best: bool = False,
+        keep_step: int | None = None,
     ):
         """Makes the directory and frees it of what a killed run left half done.
 
@@ -63,16 +65,17 @@ class Checkpointer:
           keep: how many of the newest.
           config: kept in every checkpoint, to tell what it is of.
           keep_best: whether that of the lowest validation loss is kept as well.
+          keep_step: a step whose checkpoint is kept as well; None: no other.
         """
         _quiet()
         self._directory, self._keep, self._config = directory, keep, config
-        self._keep_best = keep_best
+        self._keep_best, self._keep_step = keep_best, keep_step
         self._name = contextlib.ExitStack()
         with self._writing():
-            losses = dict(from_main(self._prepare))
+            steps, losses = from_main(self._prepare)
             self._plain = self._name.enter_context(_plain_name(directory))
-        self._latest: int | None = max(losses, default=None)
-        self._losses = {step: loss for step, loss in losses.items() if loss is not None}
+        self._latest: int | None = max(steps, default=None)
+        self._losses: dict[int, float] = dict(losses)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: concurrent.futures.Future[int] | None = None
 
@@ -130,18 +133,21 @@ class Checkpointer:
             with self._writing():
                 self._latest = pending.result()
 
-    def _prepare(self) -> list[tuple[int, float | None]]:
+    def _prepare(self) -> tuple[list[int], list[tuple[int, float]]]:
         self._directory.mkdir(parents=True, exist_ok=True)
         for path in self._directory.glob(f"*{_UNFINISHED}"):
             shutil.rmtree(path)
-        return list(validation_losses(self._directory).items())
+        losses = validation_losses(metadata(self._directory))
+        return checkpoint_steps(self._directory), list(losses.items())
 
     def _finish(self, step: int, response: ocp.AsyncResponse[None]) -> int:
         response.result()
         if is_main():
             steps = checkpoint_steps(self._directory)
             best = [(self._losses[step], step) for step in steps if step in self._losses]
-            keep = {*steps[: self._keep], *([min(best)[1]] if self._keep_best and best else [])}
+            keep = {*steps[: self._keep], self._keep_step}
+            if self._keep_best and best:
+                keep.add(min(best)[1])
             for old in set(steps) - keep:
                 path = self._directory / str(old)
                 shutil.rmtree(path.rename(f"{path}{_UNFINISHED}"))
@@ -188,7 +194,7 @@ def restore(
         path = directory / str(step)
         reason = None
         try:
-            state, position = _read(path, abstract)
+            state, about = _read(path, abstract)
         except (PermissionError, MemoryError) as error:  # not damaged: must not be moved
             raise UserError(f"cannot read checkpoint {path} ({_reason(error)})") from error
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged one
@@ -201,9 +207,12 @@ def restore(
             damaged[path] = reason or "another process cannot read it"
             continue
         if not repair:
-            return Restored(step, state, position, damaged)
-        moved = from_main(lambda: [[str(_set_aside(path)), damaged[path]] for path in damaged])
-        return Restored(step, state, position, {Path(path): reason for path, reason in moved})
+            return Restored(step, state, about["position"], about.get("config"), damaged)
+        moved = from_main(
+            lambda: [[str(set_aside(path, "unreadable")), damaged[path]] for path in damaged]
+        )
+        unreadable = {Path(path): reason for path, reason in moved}
+        return Restored(step, state, about["position"], about.get("config"), unreadable)
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoint(s) in {directory} can be read "
@@ -213,17 +222,26 @@ def restore(
     return None
 
 
-def validation_losses(directory: Path) -> dict[int, float | None]:
-    """The validation loss of every checkpoint, newest first; None where there is none."""
+def metadata(directory: Path) -> dict[int, dict[str, Any]]:
+    """What stands beside the state in every checkpoint, newest first; {} where that is damaged.
+
+    "position" in the data, "config" of the run and, if it was measured, "validation_loss".
+    """
     _quiet()
-    losses: dict[int, float | None] = {}
+    found: dict[int, dict[str, Any]] = {}
     for step in checkpoint_steps(directory):
         try:
             with _alone(directory) as plain:
-                losses[step] = _about(plain / str(step)).get("validation_loss")
-        except Exception:  # many kinds: whoever reads the checkpoint will tell
-            losses[step] = None
-    return losses
+                found[step] = _about(plain / str(step))
+        except Exception:  # of many kinds; whoever reads the checkpoint will tell
+            found[step] = {}
+    return found
+
+
+def validation_losses(found: Mapping[int, Mapping[str, Any]]) -> dict[int, float]:
+    """The validation losses that there are in `metadata`."""
+    name = "validation_loss"
+    return {step: about[name] for step, about in found.items() if name in about}
 
 
 @contextlib.contextmanager
@@ -247,11 +265,11 @@ def _about(path: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, abstract: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """The state and the data's position; together all that resuming needs."""
+    """The state and what stands beside it; together all that resuming needs."""
     with _alone(path.parent) as plain:
         about = _about(plain / path.name)
         state = ocp.load_checkpointables(plain / path.name, {_STATE: abstract})[_STATE]
-    return state, about["position"]
+    return state, about
 
 
 @contextlib.contextmanager
@@ -278,8 +296,8 @@ def _reason(error: BaseException) -> str:
     return text.splitlines()[0][:200]
 
 
-def _set_aside(path: Path) -> Path:
-    """Moves a damaged checkpoint out of the directory, to a name that is free."""
-    name = path.parent.parent / f"unreadable-{path.name}"
+def set_aside(path: Path, why: str) -> Path:
+    """Moves a checkpoint out of the directory, to a name that is free and begins with `why`."""
+    name = path.parent.parent / f"{why}-{path.name}"
     others = (name.with_name(f"{name.name}-{number}") for number in itertools.count(2))
     return path.rename(next(new for new in itertools.chain([name], others) if not new.exists()))

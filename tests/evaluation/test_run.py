@@ -132,8 +132,10 @@ def test_any_checkpoint_while_training_goes_on(fresh, monkeypatch):
     config = override(from_dict(newest["config"]), {"training.keep_best": "true"})
     with pytest.raises(UserError, match="keeps no checkpoint of the lowest validation loss"):
         best_step(fresh / "checkpoints", config)
-    monkeypatch.setattr(run, "validation_losses", lambda path: {20: 2.0, 10: 1.0, 5: None})
-    assert best_step(fresh / "checkpoints", config) == 10
+    found = {20: {"validation_loss": 2.0}, 10: {"validation_loss": 1.0}, 5: {}}
+    with monkeypatch.context() as patch:
+        patch.setattr(run.checkpoint, "metadata", lambda path: found)
+        assert best_step(fresh / "checkpoints", config) == 10
     with pytest.raises(UserError, match=r"train it with config\.training\.keep_best=true"):
         evaluate_run(fresh, step="best")
 

@@ -75,6 +75,7 @@ CHANGES = {
     "optimizer.learning_rate": 1.0,
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 1,
+    "optimizer.decay_fraction": 0.5,
     "optimizer.final_fraction": 0.5,
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.5,

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import jax
 
-from alibi_jax import distributed, evaluation
-from alibi_jax.cli import below, parse_flags
+from alibi_jax import backend, distributed, evaluation
+from alibi_jax.cli import STOPPED, below, parse_flags, print_anything, unread
 from alibi_jax.config import Config, describe, load_config
 from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
+from alibi_jax.files import given_path
 from alibi_jax.run import train_short_test_long
 from alibi_jax.training import goodput, loop
 
@@ -45,7 +46,7 @@ def run(config: Config, directory: Path, profile: str | None) -> int:
     return 0
 
 
-STOPPED = 130  # exit code, of Ctrl-C by convention
+GOES_ON = "the same command goes on from the last checkpoint"
 FLAGS = ("--config", "--workdir", "--profile", "--config.", "--distributed.")
 
 
@@ -68,15 +69,16 @@ def main(arguments: list[str]) -> int:
 
     130: stopped by Ctrl-C or SIGTERM, so that what should follow a whole run does not. In training
     all is saved first, unless there comes a second one. All processes of a run end with the same
-    code.
+    code. 141: what read the output is gone, as in `train.py ... | head`.
     """
+    print_anything()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         flags = parse(arguments)
         if flags is not None:
             distributed.initialize(below("--distributed.", flags))
             config = load_config(flags["--config"], below("--config.", flags))
-            code = run(config, Path(flags["--workdir"]).expanduser(), flags.get("--profile"))
+            code = run(config, given_path("--workdir", flags["--workdir"]), flags.get("--profile"))
             distributed.finish()
             return code
     except UserError as error:
@@ -86,16 +88,18 @@ def main(arguments: list[str]) -> int:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if distributed.is_lost_peer(error):
             return distributed.end_lost(error)
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not backend.is_out_of_memory(error):
             raise
         return fail(
             2,
             "out of memory on the device: in training raise config.training.gradient_accumulation "
-            "or set config.model.remat=full; in the evaluation lower "
+            "or set config.model.remat=full, or make the model smaller; in the evaluation lower "
             "config.evaluation.tokens_per_batch or shorten config.evaluation.multiples",
         )
     except KeyboardInterrupt:
-        return fail(STOPPED, "interrupted; the same command goes on from the last checkpoint")
+        return fail(STOPPED, f"interrupted; {GOES_ON}")
+    except BrokenPipeError:
+        return fail(unread(), f"what read the output is gone; {GOES_ON}")
     return 0
 
 

@@ -18,6 +18,7 @@ from alibi_jax import fields
 from alibi_jax.data.config import DataConfig
 from alibi_jax.errors import UserError, require
 from alibi_jax.evaluation.config import EvaluationConfig
+from alibi_jax.files import given_path
 from alibi_jax.models.config import DecoderConfig
 from alibi_jax.sharding import MeshConfig
 
@@ -199,7 +200,7 @@ def load_config(path: str, overrides: dict[str, str]) -> Config:
       UserError: the file is missing or fails, or a name or a value is wrong.
     """
     name, _, variant = (path, "", "") if Path(path).exists() else path.partition(":")
-    file = Path(name).expanduser()
+    file = given_path("--config", name)
     require(file.is_file(), f"--config={path}: no such file")
     try:
         module = runpy.run_path(str(file))

@@ -1,8 +1,37 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the paths that a person gives."""
 
 import contextlib
 import os
 from pathlib import Path
+
+from alibi_jax.errors import UserError, require
+
+
+def given_path(name: str, text: str) -> Path:
+    """The path that a flag names, with ~ for the home folder; UserError if it can be none."""
+    require(
+        "://" not in text,
+        f"{name}={text} is an address: give a path, of a folder where it is mounted",
+    )
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(
+            f"{name}={text}: there is no such home folder; give the path without ~"
+        ) from error
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raises UserError if a flag names a file that cannot be written; leaves nothing behind."""
+    try:
+        new = not path.exists()
+        path.open("a", encoding="utf-8").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{name}={path} cannot be written ({error.strerror}): choose another file"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -70,6 +70,11 @@ class EvaluationConfig:
 
     def validate_counts(self, train_length: int) -> None:
         """Raise UserError for a number that no evaluation can have."""
+        require(
+            train_length >= 2,
+            f"config.data.sequence_length={train_length}: an evaluation needs at least 2, half of "
+            "them as context of the targets",
+        )
         for name in ("num_windows", "num_trials"):
             value = getattr(self, name)
             require(value >= 1, f"config.evaluation.{name}={value}: must be at least 1")

@@ -43,7 +43,7 @@ from typing import Any, Literal
 
 import jax
 
-from alibi_jax import data
+from alibi_jax import backend, data
 from alibi_jax.cli import below, parse_flags
 from alibi_jax.config import Config, from_dict, override
 from alibi_jax.errors import UserError, require
@@ -54,6 +54,7 @@ from alibi_jax.evaluation.panels import evaluation_figure
 from alibi_jax.evaluation.report import versions, write_json
 from alibi_jax.evaluation.tables import evaluation_table
 from alibi_jax.evaluation.windows import supported_lengths
+from alibi_jax.files import given_path
 from alibi_jax.training import checkpoint, compilation_cache, workdir
 
 FLAGS = (
@@ -104,13 +105,18 @@ def evaluate_run(
     config = override(config, overrides or {})
     config.model.validate()
     lengths = check_lengths(config, lengths)
+    backend.device_count()
     workdir.check_usable(directory)
     corpus = data.load_corpus(config.data)
+    advice = "bring that back, or say where it is with --config.data.source"
+    if "data.source" in (overrides or {}):
+        advice = "it has to be a copy, byte for byte, of what the run was trained on"
+    elif config.data.source == "stdlib":
+        advice = "these are the sources of the running Python: use that of the training"
     require(
         corpus.fingerprint == stream["corpus"],
         f"--workdir={directory} holds a run on other text than config.data.source="
-        f"{config.data.source!r} has now: bring that back, or say where it is with "
-        "--config.data.source",
+        f"{config.data.source!r} has now: {advice}",
     )
     held_out = getattr(corpus, config.evaluation.split)
     checkpoints = directory / workdir.CHECKPOINTS
@@ -201,7 +207,7 @@ def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
 def _read_numbers(path: Path) -> dict[str, Any] | None:
     """An earlier evaluation; None if there is none that can be read."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if _settings(found) and found["protocols"].keys() and found["verdict"].keys():
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -234,7 +240,7 @@ def read_run(directory: Path) -> tuple[Config, dict[str, Any]]:
         "given as --workdir",
     )
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         config, stream = record["config"], record["stream"]
         if stream.keys() >= {"corpus"} and config.keys():
             return from_dict(config), stream
@@ -264,7 +270,7 @@ def main(arguments: list[str]) -> int:
     """`alibi eval`: 0 if done."""
     flags = parse_flags(arguments, FLAGS)
     require(bool(flags.get("--workdir")), "--workdir is missing: give --workdir=DIR, that of a run")
-    directory = Path(flags["--workdir"]).expanduser()
+    directory = given_path("--workdir", flags["--workdir"])
     step = parse_step(flags.get("--step"))
     try:
         found = evaluate_run(
@@ -276,7 +282,7 @@ def main(arguments: list[str]) -> int:
             say=lambda text: print(text, flush=True),
         )
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not backend.is_out_of_memory(error):
             raise
         raise UserError(
             "out of memory on the device: lower --config.evaluation.tokens_per_batch or shorten "

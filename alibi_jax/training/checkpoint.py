@@ -23,10 +23,11 @@ from typing import Any, NamedTuple, Self
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from alibi_jax.backend import is_out_of_memory
 from alibi_jax.distributed import any_process, from_main, is_lost_peer, is_main
 from alibi_jax.errors import UserError
 from alibi_jax.training.state import TrainState
-from alibi_jax.training.workdir import checkpoint_steps, is_odd
+from alibi_jax.training.workdir import advice, checkpoint_steps, is_odd
 
 _STATE = "state"
 _UNFINISHED = ".orbax-checkpoint-tmp"  # ends the name of what is being written or removed
@@ -157,12 +158,14 @@ class Checkpointer:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except BrokenPipeError:
+            raise
         except (OSError, ValueError) as error:  # TensorStore raises ValueError for a full disk
             if is_lost_peer(error):
                 raise
             raise UserError(
-                f"cannot write a checkpoint in {self._directory} ({_reason(error)}): free some "
-                "space or choose another --workdir"
+                f"cannot write a checkpoint in {self._directory} ({_reason(error)}): "
+                f"{advice(error)}"
             ) from error
 
 
@@ -198,7 +201,7 @@ def restore(
         except (PermissionError, MemoryError) as error:  # not damaged: must not be moved
             raise UserError(f"cannot read checkpoint {path} ({_reason(error)})") from error
         except Exception as error:  # Orbax and TensorStore raise many kinds for a damaged one
-            if "RESOURCE_EXHAUSTED" in str(error):
+            if is_out_of_memory(error):
                 raise
             if not repair and not path.exists():
                 continue  # removed as it was read

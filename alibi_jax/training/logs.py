@@ -124,7 +124,7 @@ class Logs:
             return
         # JSON has no nan and no infinity; they become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | finite) + "\n")
         scalars = {f"{group}/{name}": value for name, value in values.items()}
         events.append(self._events, step, scalars)
@@ -133,7 +133,8 @@ class Logs:
 def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Leaves the entries up to `last_step` alone in the file, and gives them."""
     entries, lines = [], []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
             if entry["step"] <= last_step:

@@ -277,8 +277,11 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys):
     assert "given twice" in failing(capsys, run, run)
     assert "no DIR" in failing(capsys, "--output=x.html")
     assert "--theme is not known" in failing(capsys, run, "--theme=dark")
-    assert "is no directory" in failing(capsys, run, f"--output={tmp_path}/none/x.html")
+    assert "cannot be written (No such file" in failing(
+        capsys, run, f"--output={tmp_path}/none/x.html"
+    )
     assert "cannot be written" in failing(capsys, run, f"--output={empty}")
+    assert "name it .html" in failing(capsys, run, f"--output={tmp_path}/page.pdf")
     for content, message in (
         ("{", "cannot read"),
         ("[]", "no JSON object"),

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -236,6 +237,23 @@ def test_what_cannot_be_evaluated_ends_in_one_line(fresh, capsys, change, flags,
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
     assert tree(fresh) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "words"),
+    [
+        ("files:a", {}, "bring that back, or say where it is with --config.data.source"),
+        ("files:a", {"data.source": "files:b"}, "it has to be a copy, byte for byte"),
+        ("stdlib", {}, "sources of the running Python: use that of the training"),
+    ],
+)
+def test_other_text(tmp_path, monkeypatch, source, overrides, words):
+    """It never asks for what was just done."""
+    stream = {"corpus": "this one"}
+    workdir.claim(tmp_path, override(Config(), {"data.source": source}), stream)
+    monkeypatch.setattr(run.data, "load_corpus", lambda _: SimpleNamespace(fingerprint="another"))
+    with pytest.raises(UserError, match=f"holds a run on other text than .* has now: .*{words}"):
+        evaluate_run(tmp_path, overrides=overrides)
 
 
 @pytest.mark.parametrize(

@@ -385,6 +385,6 @@ def test_a_lost_process_is_not_a_full_disk(folder, model, meshes, monkeypatch):
 def test_no_folder(folder):
     folder.write_text("a file")
     with pytest.raises(
-        UserError, match=r"cannot write a checkpoint in .* exists\): free some space"
+        UserError, match=r"cannot write a checkpoint in .* exists\): choose another directory$"
     ):
         Checkpointer(folder, 2)

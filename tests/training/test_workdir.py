@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
+import pathlib
 import re
 import typing
 
@@ -205,6 +208,7 @@ def test_no_directory(tmp_path, config):
     refused("is a file: give a directory", tmp_path / "file", config, STREAM)
     refused("cannot be written .*choose another", tmp_path / "file" / "below", config, STREAM)
     refused("cannot write .*choose another", tmp_path / ("x" * 300), config, STREAM)
+    refused("cannot be written in /proc .No such", pathlib.Path("/proc/foo"), config, STREAM)
     (tmp_path / "run" / "config.json").mkdir(parents=True)
     refused("cannot write .*choose another", tmp_path / "run", config, STREAM)
 
@@ -261,6 +265,26 @@ def test_one_process_at_a_time(tmp_path):
         raise OSError("inside")  # what happens inside says for itself what it is
     with workdir.locked(folder), workdir.locked(folder, workdir.EVALUATION_LOCK):
         pass  # an evaluation reads while a run goes on
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys):
+    """Not a full one: the run goes on, and says what it cannot see to."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with workdir.locked(tmp_path):
+        assert "is on a disk without locks (No locks available): see to" in capsys.readouterr().out
+
+
+def test_space_is_asked_for_where_it_is_missing(tmp_path):
+    for code, space in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)):
+        with pytest.raises(UserError) as caught, workdir.writing(tmp_path):
+            raise OSError(code, os.strerror(code))
+        assert ("free some space" in str(caught.value)) == space
+    with pytest.raises(BrokenPipeError), workdir.writing(tmp_path):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # of what is printed
 
 
 def test_fewer_steps_than_were_taken(tmp_path, config, changed):

@@ -8,6 +8,7 @@ from typing import Literal
 from alibi_jax import fields
 from alibi_jax.errors import require
 
+_MOST = 1_000_000  # windows, trials and resamples: with more it would not end
 _MIN_BOOTSTRAP = 100  # below this the 2.5th percentile is one or two resamples
 
 
@@ -77,11 +78,14 @@ class EvaluationConfig:
         )
         for name in ("num_windows", "num_trials"):
             value = getattr(self, name)
-            require(value >= 1, f"config.evaluation.{name}={value}: must be at least 1")
+            require(
+                1 <= value <= _MOST,
+                f"config.evaluation.{name}={value}: must be at least 1 and at most {_MOST}",
+            )
         require(
-            self.overlap >= 2,
+            2 <= self.overlap <= train_length,
             f"config.evaluation.overlap={self.overlap}: must be at least 2, or windows would not "
-            "overlap",
+            f"overlap, and at most the training length, {train_length}",
         )
         require(
             1 <= self.num_targets <= train_length // 2,
@@ -89,14 +93,14 @@ class EvaluationConfig:
             f"{train_length // 2}, half the training length, which leaves the targets context",
         )
         require(
-            self.tokens_per_batch >= train_length,
+            train_length <= self.tokens_per_batch < 2**31,
             f"config.evaluation.tokens_per_batch={self.tokens_per_batch}: must be at least the "
-            f"training length, {train_length}",
+            f"training length, {train_length}, and at most {2**31 - 1}",
         )
         require(
-            self.num_bootstrap >= _MIN_BOOTSTRAP,
+            _MIN_BOOTSTRAP <= self.num_bootstrap <= _MOST,
             f"config.evaluation.num_bootstrap={self.num_bootstrap}: must be at least "
-            f"{_MIN_BOOTSTRAP} for a 95% interval",
+            f"{_MIN_BOOTSTRAP} for a 95% interval, and at most {_MOST}",
         )
 
 

@@ -18,29 +18,35 @@ from pathlib import Path
 
 import jax
 
-from alibi_jax import distributed, evaluation
-from alibi_jax.cli import below, parse_flags
+from alibi_jax import backend, distributed, evaluation
+from alibi_jax.cli import STOPPED, below, parse_flags, print_anything, unread
 from alibi_jax.config import Config, describe, load_config
 from alibi_jax.distributed import print_once
 from alibi_jax.errors import UserError, require
+from alibi_jax.files import given_path
 from alibi_jax.run import train_short_test_long
 from alibi_jax.training import goodput, loop
 
 
-def run(config: Config, directory: Path, profile: str | None) -> None:
-    """Trains and evaluates; everything that can be wrong is checked before anything is trained."""
+def run(config: Config, directory: Path, profile: str | None) -> int:
+    """Trains and evaluates; everything that can be wrong is checked before anything is trained.
+
+    Returns the exit code.
+    """
     outcome = train_short_test_long(config, directory, profile=profile, say=print_once)
     if outcome.summary is None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it may reach processes one by one
         print_once(goodput.table(outcome.spent))
         print_once(f"stopped at step {outcome.step}, saved; the same command goes on from there")
-        return
+        return STOPPED
     print_once(f"{goodput.table(outcome.spent)}\n")
     print_once(evaluation.table(outcome.summary))
     figure, numbers = (directory / f"extrapolation.{suffix}" for suffix in ("png", "json"))
     print_once(f"\nfigure {figure}, numbers {numbers}")
+    return 0
 
 
+GOES_ON = "the same command goes on from the last checkpoint"
 FLAGS = ("--config", "--workdir", "--profile", "--config.", "--distributed.")
 
 
@@ -59,19 +65,22 @@ def parse(arguments: list[str]) -> dict[str, str] | None:
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code: 0 done, or stopped by a signal with all saved; 1 diverged; 2 bad input.
+    """Exit code: 0 done; 1 diverged; 2 bad input; 3 another process of the run was lost.
 
-    3: another process of the run was lost. 130: Ctrl-C or SIGTERM outside the training loop, or a
-    second one. All processes of a run end with the same code.
+    130: stopped by Ctrl-C or SIGTERM, so that what should follow a whole run does not. In training
+    all is saved first, unless there comes a second one. All processes of a run end with the same
+    code. 141: what read the output is gone, as in `train.py ... | head`.
     """
+    print_anything()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     try:
         flags = parse(arguments)
         if flags is not None:
             distributed.initialize(below("--distributed.", flags))
             config = load_config(flags["--config"], below("--config.", flags))
-            run(config, Path(flags["--workdir"]).expanduser(), flags.get("--profile"))
+            code = run(config, given_path("--workdir", flags["--workdir"]), flags.get("--profile"))
             distributed.finish()
+            return code
     except UserError as error:
         return fail(2, error)
     except loop.Diverged as error:
@@ -79,16 +88,18 @@ def main(arguments: list[str]) -> int:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         if distributed.is_lost_peer(error):
             return distributed.end_lost(error)
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not backend.is_out_of_memory(error):
             raise
         return fail(
             2,
             "out of memory on the device: in training raise config.training.gradient_accumulation "
-            "or set config.model.remat=full; in the evaluation lower "
+            "or set config.model.remat=full, or make the model smaller; in the evaluation lower "
             "config.evaluation.tokens_per_batch or shorten config.evaluation.multiples",
         )
     except KeyboardInterrupt:
-        return fail(130, "interrupted; the same command goes on from the last checkpoint")
+        return fail(STOPPED, f"interrupted; {GOES_ON}")
+    except BrokenPipeError:
+        return fail(unread(), f"what read the output is gone; {GOES_ON}")
     return 0
 
 

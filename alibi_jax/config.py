@@ -6,19 +6,19 @@ the command line `--config.SECTION.FIELD=VALUE` overrides a field. Unknown names
 impossible values end in one line that says what is allowed, before anything is read or allocated.
 """
 
-import ast
 import dataclasses
 import difflib
 import runpy
-import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from alibi_jax import fields
 from alibi_jax.data.config import DataConfig
 from alibi_jax.errors import UserError, require
 from alibi_jax.evaluation.config import EvaluationConfig
+from alibi_jax.files import given_path
 from alibi_jax.models.config import DecoderConfig
 from alibi_jax.sharding import MeshConfig
 
@@ -29,8 +29,11 @@ class OptimizerConfig:
 
     name: Literal["adamw", "nag"] = "adamw"
     learning_rate: float = 2e-3  # the peak, reached at the end of the warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    # After the warm-up. "wsd" (warm-up, stable, decay) stays at the peak and decays at the end.
+    # With more num_steps such a run goes on from where its decay began, whose checkpoint is kept.
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 50  # steps of linear warm-up from 0
+    decay_fraction: float = 0.2  # wsd: share of the steps, at the end, that decay
     final_fraction: float = 0.1  # of the peak, reached after the last step (not "constant")
     beta1: float = 0.9  # decay of the mean of gradients; the momentum of nag
     beta2: float = 0.95  # adamw: decay of the mean of squared gradients
@@ -40,8 +43,10 @@ class OptimizerConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that cannot train."""
+        fields.check(self, "config.optimizer")
         _within("optimizer.learning_rate", self.learning_rate, 0.0, 1e3, low_open=True)
         _within("optimizer.warmup_steps", self.warmup_steps, 0)
+        _within("optimizer.decay_fraction", self.decay_fraction, 0.0, 1.0, low_open=True)
         _within("optimizer.final_fraction", self.final_fraction, 0.0, 1.0)
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
@@ -52,6 +57,12 @@ class OptimizerConfig:
         _within("optimizer.epsilon", self.epsilon, 0.0, 1.0, low_open=True)
         _within("optimizer.weight_decay", self.weight_decay, 0.0, 1e3)
         _within("optimizer.clip_norm", self.clip_norm, 0.0, low_open=True)
+
+    def decay_start(self, num_steps: int) -> int | None:
+        """The step at which "wsd" begins to decay; None for other schedules."""
+        if self.schedule != "wsd":
+            return None
+        return num_steps - max(1, round(self.decay_fraction * num_steps))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +78,25 @@ class TrainingConfig:
     validation_batches: int = 8  # batches of validation data in each such loss
     checkpoint_every: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # newest checkpoints kept
+    keep_best: bool = False  # also save and keep that of the lowest validation loss
     # What a loss or gradient that is not finite does: "skip" leaves parameters and optimizer as
     # they were and goes on to the next batch.
     on_nonfinite: Literal["stop", "skip"] = "stop"
 
     def validate(self) -> None:
         """Raises UserError for values that cannot train."""
+        fields.check(self, "config.training")
         positive = ("num_steps", "gradient_accumulation", "log_every", "validation_batches")
         for name in (*positive, "checkpoint_every", "keep_checkpoints"):
             _within(f"training.{name}", getattr(self, name), 1, 2**31 - 1)  # steps are int32
         _within("training.seed", self.seed, 0, 2**32 - 1)
         _within("training.z_loss", self.z_loss, 0.0, 1.0)
         _within("training.validate_every", self.validate_every, 0)
+        require(
+            self.validate_every > 0 or not self.keep_best,
+            "config.training.keep_best=true needs validation losses, and validate_every=0: give a "
+            "number of steps",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +117,7 @@ class Config:
           num_devices: that it runs on.
           test_long: whether training ends with an evaluation, which asks more of memory.
         """
-        _check_types(self, "config")
+        fields.check(self, "config")
         self.model.validate()
         self.data.validate()
         self.optimizer.validate()
@@ -152,6 +170,13 @@ class Config:
             f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is more than "
             f"config.training.num_steps={self.training.num_steps}: warm up for at most as many",
         )
+        decay_start = self.optimizer.decay_start(self.training.num_steps)
+        require(
+            decay_start is None or self.optimizer.warmup_steps <= decay_start,
+            f"config.optimizer.warmup_steps={self.optimizer.warmup_steps} is beyond step "
+            f"{decay_start} of {self.training.num_steps}, where decay_fraction="
+            f"{self.optimizer.decay_fraction} begins: make one of them smaller",
+        )
 
     def with_trained_length(self) -> "Config":
         """The config whose model knows the length that it is trained at."""
@@ -175,7 +200,7 @@ def load_config(path: str, overrides: dict[str, str]) -> Config:
       UserError: the file is missing or fails, or a name or a value is wrong.
     """
     name, _, variant = (path, "", "") if Path(path).exists() else path.partition(":")
-    file = Path(name).expanduser()
+    file = given_path("--config", name)
     require(file.is_file(), f"--config={path}: no such file")
     try:
         module = runpy.run_path(str(file))
@@ -203,7 +228,7 @@ def load_config(path: str, overrides: dict[str, str]) -> Config:
         f"--config={path}: get_config() returned {type(config).__name__}, it must return an "
         "alibi_jax.config.Config",
     )
-    _check_types(config, "config")
+    fields.check(config, "config")
     return override(config, overrides)
 
 
@@ -221,17 +246,17 @@ def from_dict(values: dict[str, Any], section: type = Config, prefix: str = "con
       UserError: a field is not known, as in a run of a later version, or has a wrong type.
     """
     annotations = typing.get_type_hints(section)
-    fields: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for name, value in values.items():
         where = f"{prefix}.{name}"
         require(name in annotations, f"{where} is not known to this version of alibi_jax")
         if dataclasses.is_dataclass(annotations[name]):
             require(isinstance(value, dict), f"{where} is not a section")
-            fields[name] = from_dict(value, annotations[name], where)
+            given[name] = from_dict(value, annotations[name], where)
         else:
-            fields[name] = tuple(value) if isinstance(value, list) else value
-    config = section(**fields)
-    _check_types(config, prefix)
+            given[name] = tuple(value) if isinstance(value, list) else value
+    config = section(**given)
+    fields.check(config, prefix)
     return config
 
 
@@ -261,97 +286,7 @@ def _override(node: Any, path: Sequence[str], text: str, prefix: str) -> Any:
         return dataclasses.replace(node, **{name: _override(value, rest, text, here)})
     require(not rest, f"--{here} is a field, not a section: --{here}=VALUE")
     annotation = typing.get_type_hints(type(node))[name]
-    return dataclasses.replace(node, **{name: _parse(text, annotation, here)})
-
-
-def _parse(text: str, annotation: Any, name: str) -> Any:
-    if annotation is str or text in _choices(annotation):
-        return text
-    if str in typing.get_args(annotation) and text.lower() != "none":  # str | None
-        return text
-    try:
-        value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        value = None if text.lower() == "none" else text
-    if _element(annotation) is not None and isinstance(value, list | int | float):
-        value = tuple(value) if isinstance(value, list) else (value,)
-    value = _as_float(value, annotation)
-    _check_type(value, annotation, f"--{name}={text}")
-    return value
-
-
-def _as_float(value: Any, annotation: Any) -> Any:
-    """Integers are welcome where a float is asked for."""
-    element = _element(annotation)
-    if element is float and isinstance(value, tuple):
-        return tuple(_as_float(item, float) for item in value)
-    if type(value) is int and float in (annotation, *typing.get_args(annotation)):
-        return float(value)
-    return value
-
-
-def _check_types(node: Any, prefix: str) -> None:
-    annotations = typing.get_type_hints(type(node))
-    for field in dataclasses.fields(node):
-        value, name = getattr(node, field.name), f"{prefix}.{field.name}"
-        annotation = annotations[field.name]
-        if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
-            given = type(value).__name__
-            require(
-                type(value) is annotation, f"{name} is a {given}: must be a {annotation.__name__}"
-            )
-            _check_types(value, name)
-        else:
-            _check_type(_as_float(value, annotation), annotation, f"{name}={value!r}")
-
-
-def _check_type(value: Any, annotation: Any, given: str) -> None:
-    require(_matches(value, annotation), f"{given}: must be {_spell(annotation)}")
-
-
-def _matches(value: Any, annotation: Any) -> bool:
-    if annotation in (int, float, str, bool, type(None)):
-        return type(value) is annotation
-    if typing.get_origin(annotation) is Literal:
-        return value in typing.get_args(annotation) and isinstance(value, str)
-    element = _element(annotation)
-    if element is not None and isinstance(value, tuple):
-        return all(_matches(item, element) for item in value)
-    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
-        return any(_matches(value, option) for option in typing.get_args(annotation))
-    return False
-
-
-def _element(annotation: Any) -> Any:
-    """Type of the elements where the annotation is, or may be, a tuple; else None."""
-    if typing.get_origin(annotation) is tuple:
-        return typing.get_args(annotation)[0]
-    elements = [_element(option) for option in typing.get_args(annotation)]
-    return next((element for element in elements if element is not None), None)
-
-
-def _choices(annotation: Any) -> tuple[str, ...]:
-    if typing.get_origin(annotation) is Literal:
-        return typing.get_args(annotation)
-    return tuple(choice for option in typing.get_args(annotation) for choice in _choices(option))
-
-
-def _spell(annotation: Any) -> str:
-    plain = {
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "none",
-    }
-    if annotation in plain:
-        return plain[annotation]
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(typing.get_args(annotation))
-    if typing.get_origin(annotation) is tuple:
-        numbers = {int: "integers", float: "numbers"}[typing.get_args(annotation)[0]]
-        return f"{numbers} with commas between"
-    return " or ".join(_spell(option) for option in typing.get_args(annotation))
+    return dataclasses.replace(node, **{name: fields.parse(text, annotation, here)})
 
 
 def _within(

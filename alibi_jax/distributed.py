@@ -185,7 +185,7 @@ def end(code: int, line: str) -> int:
     """
     client = _client()
     if client is None:
-        print(line, file=sys.stderr)
+        _say(line)
         return code
     _ending.acquire()
     ours = f"{code} {jax_distributed.global_state.process_id}"
@@ -297,10 +297,16 @@ def _watch() -> None:
             _leave(int(failures[0][1].split()[0]), line)
 
 
+def _say(line: str) -> None:
+    """Prints a line on stderr, where nobody may be reading."""
+    if line:
+        with contextlib.suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
 def _leave(code: int, line: str) -> NoReturn:
     """Ends this process at once, whatever its threads wait for; the coordinator goes last."""
-    if line:
-        print(line, file=sys.stderr)
+    _say(line)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

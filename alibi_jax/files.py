@@ -1,28 +1,48 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and the paths that a person gives."""
 
 import contextlib
 import os
 from pathlib import Path
 
-from alibi_jax.errors import UserError
+from alibi_jax.errors import UserError, require
 
 
-def user_path(path: str, name: str) -> Path:
-    """Gives the path that a person wrote, with `~` expanded; it need not exist.
+def given_path(name: str, text: str) -> Path:
+    """The path that a person wrote, with ~ for the home folder; it need not exist.
 
     Raises:
-      UserError: there is no such home folder, or no file can have that name; `name` is what the
-        person set.
+      UserError: it can be none; `name` is what the person set.
     """
+    require(
+        "://" not in text,
+        f"{name}={text} is an address: give a path, of a folder where it is mounted",
+    )
     try:
-        expanded = Path(path).expanduser()
-        expanded.stat()
+        path = Path(text).expanduser()
+        path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
-    except (OSError, ValueError, RuntimeError) as error:  # Python has all three for a bad path
+    except RuntimeError as error:
+        raise UserError(
+            f"{name}={text}: there is no such home folder; give the path without ~"
+        ) from error
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}={path!r} is no path that can be used: {reason}") from error
-    return expanded
+        raise UserError(f"{name}={text!r} is no path that can be used: {reason}") from error
+    return path
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raises UserError if a flag names a file that cannot be written; leaves nothing behind."""
+    try:
+        new = not path.exists()
+        path.open("a", encoding="utf-8").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{name}={path} cannot be written ({error.strerror}): choose another file"
+        ) from error
 
 
 def write_text(path: Path, text: str) -> None:

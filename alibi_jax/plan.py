@@ -38,6 +38,7 @@ from alibi_jax.config import Config, load_config
 from alibi_jax.data.config import trained_tokenizer
 from alibi_jax.data.tokenizers import ByteTokenizer, load_tokenizer_file
 from alibi_jax.errors import UserError, require
+from alibi_jax.files import check_writable, given_path
 from alibi_jax.sharding import MESH_AXES, bytes_on_device, make_mesh, spec
 from alibi_jax.training import hlo
 from alibi_jax.training.chips import CHIPS, GIB, Topology, parse_topology
@@ -547,15 +548,16 @@ def main(arguments: list[str]) -> int:
     flags = parse_flags(arguments, ("--config", "--topology", "--json", "--config."))
     for name, example in (("--config", "configs/quickstart.py"), ("--topology", "v5e:4x4")):
         require(bool(flags.get(name)), f"{name} is missing: give {name}={example}")
-    topology, output = parse_topology(flags["--topology"]), flags.get("--json")
+    topology, output = parse_topology(flags["--topology"]), None
     config = load_config(flags["--config"], below("--config.", flags))
-    if output is not None:
-        require(Path(output).parent.is_dir(), f"--json={output}: there is no such folder")
+    if flags.get("--json"):
+        output = given_path("--json", flags["--json"])
+        check_writable("--json", output)
 
     # What this machine has does not matter: it compiles for others.
     jax.config.update("jax_platforms", "cpu")
     found = plan(config, topology, lambda text: print(text, file=sys.stderr, flush=True))
     print(table(found))
     if output is not None:
-        Path(output).write_text(json.dumps(found.to_dict(), indent=1) + "\n")
+        output.write_text(json.dumps(found.to_dict(), indent=1) + "\n", encoding="utf-8")
     return 0 if found.step.memory.fits else 1

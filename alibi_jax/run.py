@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import tqdm
 
-from alibi_jax import data, distributed, evaluation
+from alibi_jax import backend, data, distributed, evaluation
 from alibi_jax.config import Config
 from alibi_jax.errors import require
 from alibi_jax.sharding import make_mesh, to_devices, to_host
@@ -59,7 +59,7 @@ def train_short_test_long(
     """
     # Check.
     clock = goodput.Clock()
-    config.validate(jax.device_count(), test_long=test_long)
+    config.validate(backend.device_count(), test_long=test_long)
     traced = profiling.NEVER
     if profile is not None:
         traced = profiling.parse_steps(profile, config.training.num_steps)

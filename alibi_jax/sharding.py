@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from alibi_jax import fields
 from alibi_jax.errors import require
 
 # Neighbours along the last are closest to each other, and context sends most.
@@ -41,6 +42,7 @@ class MeshConfig:
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """Sizes in the order of `MESH_AXES`, with -1 filled; raises UserError if impossible."""
+        fields.check(self, "config.mesh")
         sizes = [getattr(self, axis) for axis in MESH_AXES]
         given = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         require(

@@ -5,14 +5,16 @@ import math
 import pathlib
 import re
 import runpy
+import typing
 
 import pytest
 
+from alibi_jax import fields as fields_module
 from alibi_jax.config import Config, OptimizerConfig, TrainingConfig, describe, load_config
 from alibi_jax.data import DataConfig
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation import EvaluationConfig
-from alibi_jax.models import DecoderConfig
+from alibi_jax.models import Decoder, DecoderConfig
 from alibi_jax.sharding import MeshConfig
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -128,7 +130,8 @@ WRONG = [
     ("model.gated_mlp", "yes", "must be true or false$"),
     ("model.clip_qkv", "eight", "must be a number or none$"),
     ("model.qk_norm", "half", "qk_norm=half: must be one of full, per_head or none$"),
-    ("model.position", "rope", "must be one of alibi, sinusoidal, .*, forgetting$"),
+    ("model.position", "rope", "must be one of alibi, .*, forgetting; did you mean rotary\\?$"),
+    ("model.norm", "Layernorm", "must be one of layernorm, rmsnorm; did you mean layernorm\\?$"),
     ("data.packing", "none", "must be one of documents, stream$"),
     ("evaluation.split", "train", "must be one of valid, test$"),
     ("evaluation.multiples", "1,2.5", "must be integers with commas between$"),
@@ -246,6 +249,41 @@ def test_types_are_checked(section, fields, words):
     refused(words, config.validate, 8)
 
 
+BY_HAND = [
+    (DecoderConfig, {"norm": "Layernorm"}, r"model.norm='Layernorm'.*did you mean layernorm\?"),
+    (DecoderConfig, {"qk_norm": "x"}, "model.qk_norm='x': must be one of full, per_head or none$"),
+    (DecoderConfig, {"position": "rope"}, r"model.position='rope': .*; did you mean rotary\?"),
+    (DecoderConfig, {"activation": "swish"}, r"did you mean silu\?"),
+    (DecoderConfig, {"num_layers": "4"}, "model.num_layers='4': must be an integer"),
+    (DecoderConfig, {"position": ["alibi"]}, "must be one of alibi, "),
+    (DataConfig, {"packing": "Document"}, r"data.packing='Document': .*did you mean documents\?"),
+    (DataConfig, {"sequence_length": 16.0}, "must be an integer"),
+    (OptimizerConfig, {"name": "adam"}, r"optimizer.name='adam': .*did you mean adamw\?"),
+    (TrainingConfig, {"num_steps": "9"}, "training.num_steps='9': must be an integer"),
+]
+
+
+@pytest.mark.parametrize(("section", "fields", "words"), BY_HAND)
+def test_every_section_checks_its_types(section, fields, words):
+    """Also where it is used without a whole config."""
+    refused(words, section(**fields).validate)
+
+
+def test_the_other_sections_too():
+    refused("mesh.data='2': must be an integer", MeshConfig(data="2").sizes, 2)
+    refused("did you mean valid", EvaluationConfig(split="validation").validate, 128)
+    refused("norm='Layernorm'.*did you mean", Decoder, DecoderConfig(norm="Layernorm"), None)
+
+
+@pytest.mark.parametrize("name", fields_module.ALIASES)
+def test_aliases_are_of_choices(name):
+    """What is suggested exists."""
+    sections = [field.default_factory for field in dataclasses.fields(Config)]
+    hints = [hint for section in sections for hint in typing.get_type_hints(section).values()]
+    words = {word for hint in hints for word in re.findall(r"'(\w+)'", str(hint))}
+    assert fields_module.ALIASES[name] in words and name not in words
+
+
 def test_integers_pass_for_floats():
     config = Config(
         optimizer=OptimizerConfig(clip_norm=1), model=DecoderConfig(slopes=(1, 1, 1, 1, 1, 1, 1, 1))
@@ -259,10 +297,17 @@ LIMITS = [
     ("optimizer", {"final_fraction": 1.5}, "must be at least 0.0 and at most 1.0"),
     ("optimizer", {"clip_norm": 0.0}, "clip_norm=0.0: must be above 0"),
     ("optimizer", {"warmup_steps": 501}, "warmup_steps=501 is more than .*num_steps=500: warm up"),
+    ("optimizer", {"decay_fraction": 0.0}, "must be above 0.0 and at most 1.0"),
+    (
+        "optimizer",
+        {"schedule": "wsd", "decay_fraction": 0.95},
+        "warmup_steps=50 is beyond step 25 of 500, where decay_fraction=0.95 begins: make one",
+    ),
     ("training", {"num_steps": 0}, "num_steps=0: must be at least 1 and at most 2147483647"),
     ("training", {"num_steps": 2**31}, "must be at least 1 and at most 2147483647"),
     ("training", {"seed": 2**32}, "seed=4294967296: must be at least 0 and at most 4294967295"),
     ("training", {"keep_checkpoints": 0}, "must be at least 1"),
+    ("training", {"keep_best": True, "validate_every": 0}, "keep_best=true needs validation"),
     ("data", {"batch_size": 12}, "batch_size=12 does not divide .*use a multiple of 8"),
     ("training", {"gradient_accumulation": 3}, "3 microbatch.*use a multiple of 24"),
     ("mesh", {"data": 3}, r"data=3.* does not fill 8 device\(s\): the product"),

@@ -245,7 +245,7 @@ def test_four_processes_go_on_and_stop_together(folder, alone, tmp_path):
         time.sleep(0.1)
         processes.processes[1].send_signal(signal.SIGTERM)
         codes, outs, errs = processes.wait()
-    assert codes == [0] * 4, errs
+    assert codes == [130] * 4, errs
     assert "resuming at step 10 of" in outs[0] and "4 processes" in outs[0]
     assert "saved; the same command goes on from there" in outs[0]
     assert outs[1:] == errs[1:] == [""] * 3

@@ -284,7 +284,7 @@ def test_the_command(found, config_file, tmp_path, capsys, monkeypatch):
         (["plan", "--config=no.py", "--topology=v5e:2x2"], "no such file"),
         (
             ["plan", "--config={config}", "--topology=v5e:2x2", "--json=no/where.json"],
-            "there is no such folder",
+            "cannot be written (No such file or directory): choose another file",
         ),
     ],
 )

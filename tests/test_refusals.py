@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from alibi_jax import data
@@ -47,7 +48,7 @@ VALUES = [
     ("model.slopes=1,2,3", "config.model.slopes has 3 values for num_heads=2: give one a head"),
     ("model.slopes=1,-2", "finite numbers, at least 0"),
     ("model.remat=true", "must be one of none, dots, full"),
-    ("model.position=rope", "must be one of alibi, sinusoidal, learned"),
+    ("model.position=rope", "did you mean rotary?"),
     ("model.bias_max=0", "config.model.bias_max=0.0: a finite number above 0"),
     ("model.vocab_size=10", "config.model.vocab_size=10 is less than the tokenizer's 257"),
     ("model.num_lay=1", "did you mean config.model.num_layers?"),
@@ -60,6 +61,7 @@ VALUES = [
     ("data.tokenizer=missing.json", "nor a file that exists"),
     ("data.packing=dense", "must be one of documents, stream"),
     ("data.sequence_length=0", "config.data.sequence_length=0: must be at least 1"),
+    ("data.sequence_length=1", "sequence_length=1: an evaluation needs at least 2, half of them"),
     ("data.batch_size=0", "config.data.batch_size=0: must be at least 1"),
     ("data.batch_size=9", "config.data.batch_size=9 does not divide"),
     (
@@ -71,7 +73,8 @@ VALUES = [
     ("optimizer.learning_rate=0", "config.optimizer.learning_rate=0.0: must be above 0"),
     ("optimizer.learning_rate=nan", "must be a number"),
     ("optimizer.learning_rate=-1", "config.optimizer.learning_rate=-1.0: must be above 0"),
-    ("optimizer.schedule=step", "must be one of cosine, linear, constant"),
+    (f"optimizer.learning_rate=1{'0' * 400}", "config.optimizer.learning_rate=inf: must be above"),
+    ("optimizer.schedule=step", "must be one of cosine, linear, constant, wsd"),
     (
         "optimizer.warmup_steps=201",
         "is more than config.training.num_steps=200: warm up for at most",
@@ -106,7 +109,7 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "words"), VALUES, ids=[fields for fields, _ in VALUES])
+@pytest.mark.parametrize(("fields", "words"), VALUES, ids=[fields[:40] for fields, _ in VALUES])
 def test_bad_value(command, train, capsys, tmp_path, fields, words):
     flags = [f"--config.{field}" for field in fields.split(" ")]
     base = [f"--config={command.file}", f"--workdir={tmp_path / 'run'}"]
@@ -114,13 +117,14 @@ def test_bad_value(command, train, capsys, tmp_path, fields, words):
     assert tree(tmp_path) == {}
 
 
-DISTRIBUTED = [
-    "--config=missing.py",  # met only after these flags
-    "--workdir=W",
-    "--distributed.coordinator_address=localhost:8476",
-    "--distributed.num_processes=2",
-    "--distributed.process_id=1",
-]
+def of_several(**changes):
+    """Flags of one of several processes, with some changed or added."""
+    flags = {"coordinator_address": "localhost:8476", "num_processes": 2, "process_id": 1} | changes
+    # The file is met only after these flags.
+    several = [f"--distributed.{name}={value}" for name, value in flags.items()]
+    return ["--config=missing.py", "--workdir=W", *several]
+
+
 FLAGS = [
     (["--config=missing.py", "--workdir=W"], "--config=missing.py: no such file"),
     (["--workdir=W"], "--config is missing: give --config=FILE and --workdir=DIR"),
@@ -132,18 +136,21 @@ FLAGS = [
     (["--config=C", "--workdir=W", "--config.training.seed"], "needs a value"),
     (["--config=C", "--workdir=W", "--config.=1"], "does not exist: it has model, data"),
     (["--config=C", "--workdir=W", "--configs=1"], "--configs is not known"),
+    (["--config=C", "--workdir=~no-such-user/run"], "there is no such home folder"),
+    (["--config=~no-such-user/c.py", "--workdir=W"], "there is no such home folder"),
+    (["--config=C", "--workdir=gs://bucket/run"], "is an address: give a path"),
     (["--help", "--config=missing.py"], "no such file"),
     (["--config=C", "--workdir=W", "--profile=5"], "--profile=5: must be START:STOP"),
     (["--config=C", "--workdir=W", "--profile="], "--profile=: must be START:STOP"),
     (["--config=C", "--workdir=W", "--profile=9:9"], "with 0 <= START < STOP <= 200"),
     (["--config=C", "--workdir=W", "--profile=9:201"], "which is config.training.num_steps"),
-    (DISTRIBUTED[:4], "--distributed.process_id missing: give all of --distributed.coordinator"),
-    ([*DISTRIBUTED, "--distributed.process_id=2"], "process_id=2: must be less than --distr"),
-    ([*DISTRIBUTED, "--distributed.process_id=-1"], "must be an integer of at least 0"),
-    ([*DISTRIBUTED, "--distributed.num_processes=0"], "must be an integer of at least 1"),
-    ([*DISTRIBUTED, "--distributed.coordinator_address=host"], "must be HOST:PORT, of process 0"),
-    ([*DISTRIBUTED, "--distributed.coordinator_address=:8476"], "must be HOST:PORT, of process 0"),
-    ([*DISTRIBUTED, "--distributed.port=1"], "--distributed.port does not exist: it has coord"),
+    (of_several()[:4], "--distributed.process_id missing: give all of --distributed.coordinator"),
+    (of_several(process_id=2), "process_id=2: must be less than --distr"),
+    (of_several(process_id=-1), "must be an integer of at least 0"),
+    (of_several(num_processes=0), "must be an integer of at least 1"),
+    (of_several(coordinator_address="host"), "must be HOST:PORT, of process 0"),
+    (of_several(coordinator_address=":8476"), "must be HOST:PORT, of process 0"),
+    (of_several(port=1), "--distributed.port does not exist: it has coord"),
 ]
 
 
@@ -311,6 +318,29 @@ def test_read_only_disk(command, train, capsys, disk):
     for workdir in (disk.path / "new", disk.path / "run"):
         flags = [f"--config={command.file}", f"--workdir={workdir}"]
         refused(capsys, train, flags, f"cannot be written in {workdir.parent}")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (BrokenPipeError(), 141, "what read the output is gone; the same command goes on"),
+        (KeyboardInterrupt(), 130, "interrupted; the same command goes on"),
+        # As JAX 0.10 says it on a CPU.
+        (
+            jax.errors.JaxRuntimeError("INTERNAL: Error dispatching: Out of memory allocating 9"),
+            2,
+            "out of memory on the device",
+        ),
+    ],
+)
+def test_what_ends_a_run(command, train, capsys, monkeypatch, error, code, words):
+    def run(*_):
+        raise error
+
+    monkeypatch.setattr(train, "run", run)
+    assert train.main([f"--config={command.file}", "--workdir=W"]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
 
 
 def test_one_line_from_the_process_too(command, tmp_path):

@@ -141,7 +141,7 @@ def test_stopped_by_a_signal(command, finished, tmp_path, number):
     wait_for_step(process, folder, 30)
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err[-3000:]
+    assert process.returncode == 130, err[-3000:]
     assert "Traceback" not in err
     assert "saved; the same command goes on from there" in out
     stopped = int(out.split("stopped at step ")[1].split(",")[0])

@@ -4,8 +4,9 @@ import dataclasses
 import difflib
 from typing import Literal
 
+from alibi_jax import fields
 from alibi_jax.errors import UserError, require
-from alibi_jax.files import user_path
+from alibi_jax.files import given_path
 
 SCHEMES = ("stdlib", "files:", "tfds:")
 # Smallest vocabularies: the 256 bytes and the separator; unknown words, one word, the separator.
@@ -36,6 +37,7 @@ class DataConfig:
 
     def validate(self) -> None:
         """Check every value without reading any data; raise UserError for one that cannot work."""
+        fields.check(self, "config.data")
         _check_source(self.source)
         _check_tokenizer(self.tokenizer)
         for name in ("sequence_length", "batch_size"):
@@ -63,7 +65,7 @@ def _check_source(source: str) -> None:
             )
         if source.startswith(scheme):
             return
-    if source and user_path(source, "config.data.source").exists():
+    if source and given_path("config.data.source", source).exists():
         raise UserError(
             f"config.data.source={source!r} is a path; write 'files:{source}' to train on a file, "
             f"or 'files:{source.rstrip('/')}/**/*.txt' for a folder"
@@ -87,7 +89,7 @@ def _check_tokenizer(spec: str) -> None:
                 f"from {SMALLEST[kind]} to {LARGEST}; write for instance '{kind}:8192'"
             )
         return
-    path = user_path(spec, "config.data.tokenizer")
+    path = given_path("config.data.tokenizer", spec)
     if path.is_dir():
         raise UserError(
             f"config.data.tokenizer={spec!r} is a folder; give the path of its tokenizer.json"

@@ -28,7 +28,7 @@ from alibi_jax.data.tokenizers import (
     train_words,
 )
 from alibi_jax.errors import UserError
-from alibi_jax.files import user_path
+from alibi_jax.files import given_path
 
 FORMAT = 1  # of how text becomes tokens; part of what identifies a corpus, and so of every run
 _LAYOUT = 2  # of the cached files
@@ -113,10 +113,10 @@ def load_corpus(config: DataConfig) -> Corpus:
 
 def _cache_dir(config: DataConfig) -> pathlib.Path:
     if config.cache_dir is not None:
-        return user_path(config.cache_dir, "config.data.cache_dir")
+        return given_path("config.data.cache_dir", config.cache_dir)
     if home := os.environ.get("XDG_CACHE_HOME"):
-        return user_path(home, "XDG_CACHE_HOME") / "alibi_jax"
-    return user_path("~/.cache", "config.data.cache_dir") / "alibi_jax"
+        return given_path("XDG_CACHE_HOME", home) / "alibi_jax"
+    return given_path("config.data.cache_dir", "~/.cache") / "alibi_jax"
 
 
 def _key(*parts: object) -> str:
@@ -128,7 +128,7 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
         return ByteTokenizer()
     trained = trained_tokenizer(config.tokenizer)
     if trained is None:
-        return load_tokenizer_file(user_path(config.tokenizer, "config.data.tokenizer"))
+        return load_tokenizer_file(given_path("config.data.tokenizer", config.tokenizer))
     directory = cache / "tokenizers" / _key(source.fingerprint, *trained, _LAYOUT)
     path = directory / "tokenizer.json"
     if path.is_file():

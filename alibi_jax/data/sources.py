@@ -22,7 +22,7 @@ from alibi_jax.data.files import (
 )
 from alibi_jax.data.globs import matching_files
 from alibi_jax.errors import UserError
-from alibi_jax.files import user_path
+from alibi_jax.files import given_path
 
 # `encodings` is 120 near copies of one table: in two splits they would give the answers away.
 _STDLIB_WITHOUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
@@ -111,7 +111,7 @@ def files_source(source: str, text_field: str | None) -> Source:
     Raises:
         UserError: The glob matches nothing that can be read.
     """
-    pattern = str(user_path(source.removeprefix("files:"), "config.data.source"))
+    pattern = str(given_path("config.data.source", source.removeprefix("files:")))
     if "{split}" not in pattern:
         paths = matching_files(pattern)
         _check_fields(source, text_field, paths)
@@ -174,7 +174,7 @@ def tfds_source(source: str, text_field: str | None) -> Source:
     import tensorflow_datasets as tfds
 
     name = source.removeprefix("tfds:")
-    data_dir = user_path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"), "TFDS_DATA_DIR")
+    data_dir = given_path("TFDS_DATA_DIR", os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     # As tfds.data_source does by itself where it is given no data_dir.
     builder_kwargs = {"file_format": tfds.core.FileFormat.ARRAY_RECORD}
     # Only what the data set's own code fetches: Google's copies are no ArrayRecords.

@@ -47,8 +47,8 @@ import jax
 import tqdm
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from alibi_jax import data
-from alibi_jax.cli import below, parse_flags
+from alibi_jax import backend, data
+from alibi_jax.cli import STOPPED, below, parse_flags
 from alibi_jax.errors import UserError, require
 from alibi_jax.evaluation import compare_runs
 from alibi_jax.evaluation.assess import PROTOCOLS as ALL_PROTOCOLS
@@ -59,7 +59,7 @@ from alibi_jax.evaluation.compare_table import comparison_table
 from alibi_jax.evaluation.report import versions, write_json
 from alibi_jax.evaluation.run import numbers_file, parse_protocols
 from alibi_jax.evaluation.windows import supported_lengths
-from alibi_jax.files import write_text
+from alibi_jax.files import given_path, write_text
 from alibi_jax.training import compilation_cache, loop, workdir
 
 ARGUMENTS = "arguments.json"  # of the comparison that a directory holds
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> int:
         f"--seeds={seeds}: a number of runs from 1 to {_MOST_SEEDS}",
     )
     protocols = parse_protocols(flags.get("--protocols"))
-    directory = Path(flags["--workdir"]).expanduser()
+    directory = given_path("--workdir", flags["--workdir"])
     try:
         with _insistent_signals():
             complete = compare(methods, int(seeds), protocols, directory)
@@ -91,9 +91,9 @@ def main(arguments: list[str]) -> int:
         complete = False
     if not complete:
         print("stopped; the same command goes on from there")
-        return 130
+        return STOPPED
     names = ", ".join(str(directory / f"comparison.{kind}") for kind in ("md", "png", "json"))
-    print(f"{(directory / 'comparison.md').read_text()}\n{names}")
+    print(f"{(directory / 'comparison.md').read_text(encoding='utf-8')}\n{names}")
     return 0
 
 
@@ -116,7 +116,7 @@ def compare(
     """
     protocols = [name for name in ALL_PROTOCOLS if name in (*PROTOCOLS, *protocols)]
     for method in methods:
-        method.config.validate(jax.device_count(), test_long=False)
+        method.config.validate(backend.device_count(), test_long=False)
     workdir.check_usable(directory)
     base = methods[0].config
     corpus = data.load_corpus(base.data)
@@ -290,7 +290,7 @@ def _claim(directory: Path, methods: Sequence[Method], num_seeds: int) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["methods"].keys() and record["seeds"] >= 1:
             return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

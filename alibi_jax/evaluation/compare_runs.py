@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import tqdm
 
+from alibi_jax import backend
 from alibi_jax.config import Config
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation.compare_methods import trained
@@ -44,7 +45,7 @@ def cost(config: Config, vocab_size: int) -> Cost:
     try:
         memory = lowered.step.compile().memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        if not _out_of_memory(error):
+        if not backend.is_out_of_memory(error):
             raise
         memory = None
     return Cost(
@@ -67,11 +68,11 @@ def recall(config: Config, directory: Path, protocols: Sequence[str]) -> Run | N
     """
     path = directory / RESULT
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         if result["status"] != FINISHED:
             return Run(**result, evaluation=None)
         path = numbers_file(directory, config)
-        evaluation = json.loads(path.read_text())
+        evaluation = json.loads(path.read_text(encoding="utf-8"))
         known = all(_has(evaluation, name) for name in protocols)
         return Run(**result, evaluation=evaluation) if known else None
     except FileNotFoundError:
@@ -127,7 +128,7 @@ def perform(
     except loop.Diverged as error:
         status, message = "diverged", str(error).partition(": stopped")[0]
     except jax.errors.JaxRuntimeError as error:
-        if not _out_of_memory(error):
+        if not backend.is_out_of_memory(error):
             raise
         status, message = "out of memory", str(error).splitlines()[0]
     result = {
@@ -143,10 +144,6 @@ def perform(
     return Run(**result, evaluation=evaluation)
 
 
-def _out_of_memory(error: jax.errors.JaxRuntimeError) -> bool:
-    return "RESOURCE_EXHAUSTED" in str(error)
-
-
 def _seconds_per_step(directory: Path) -> dict[str, Any]:
     """The median of the steps of a run and the range that 80% of them lie in; None without any.
 
@@ -154,7 +151,7 @@ def _seconds_per_step(directory: Path) -> dict[str, Any]:
     caches fill, if there are others.
     """
     path = directory / Logs.METRICS
-    lines = map(json.loads, path.read_text().splitlines() if path.exists() else [])
+    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines() if path.exists() else [])
     times = [line["step_seconds_p50"] for line in lines if "step_seconds_p50" in line]
     if not times:
         return {"seconds_per_step": None, "seconds_per_step_range": None}

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from alibi_jax import fields
 from alibi_jax.errors import require
 
+_MOST = 1_000_000  # windows, trials and resamples: with more it would not end
 _MIN_BOOTSTRAP = 100  # below this the 2.5th percentile is one or two resamples
 
 
@@ -48,6 +50,7 @@ class EvaluationConfig:
             whole_windows: Whether windows are computed whole, as at the end of training, and not in
                 chunks, as by `alibi eval` and `alibi compare`.
         """
+        fields.check(self, "config.evaluation")
         self.validate_multiples()
         self.validate_counts(train_length)
         longest = self.lengths(train_length)[-1]
@@ -68,13 +71,21 @@ class EvaluationConfig:
 
     def validate_counts(self, train_length: int) -> None:
         """Raise UserError for a number that no evaluation can have."""
+        require(
+            train_length >= 2,
+            f"config.data.sequence_length={train_length}: an evaluation needs at least 2, half of "
+            "them as context of the targets",
+        )
         for name in ("num_windows", "num_trials"):
             value = getattr(self, name)
-            require(value >= 1, f"config.evaluation.{name}={value}: must be at least 1")
+            require(
+                1 <= value <= _MOST,
+                f"config.evaluation.{name}={value}: must be at least 1 and at most {_MOST}",
+            )
         require(
-            self.overlap >= 2,
+            2 <= self.overlap <= train_length,
             f"config.evaluation.overlap={self.overlap}: must be at least 2, or windows would not "
-            "overlap",
+            f"overlap, and at most the training length, {train_length}",
         )
         require(
             train_length >= 2,
@@ -87,14 +98,14 @@ class EvaluationConfig:
             f"{train_length // 2}, half the training length, which leaves the targets context",
         )
         require(
-            self.tokens_per_batch >= train_length,
+            train_length <= self.tokens_per_batch < 2**31,
             f"config.evaluation.tokens_per_batch={self.tokens_per_batch}: must be at least the "
-            f"training length, {train_length}",
+            f"training length, {train_length}, and at most {2**31 - 1}",
         )
         require(
-            self.num_bootstrap >= _MIN_BOOTSTRAP,
+            _MIN_BOOTSTRAP <= self.num_bootstrap <= _MOST,
             f"config.evaluation.num_bootstrap={self.num_bootstrap}: must be at least "
-            f"{_MIN_BOOTSTRAP} for a 95% interval",
+            f"{_MIN_BOOTSTRAP} for a 95% interval, and at most {_MOST}",
         )
 
 

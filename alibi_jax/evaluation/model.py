@@ -16,7 +16,7 @@ import numpy as np
 from flax import nnx
 
 from alibi_jax.config import Config
-from alibi_jax.errors import UserError
+from alibi_jax.errors import require
 from alibi_jax.evaluation.assess import Scorer
 from alibi_jax.models import Decoder
 from alibi_jax.models.cache import Cache
@@ -24,31 +24,47 @@ from alibi_jax.sharding import MeshConfig, make_mesh
 from alibi_jax.training import checkpoint
 from alibi_jax.training.optimizer import make_optimizer
 from alibi_jax.training.state import abstract_state
+from alibi_jax.training.workdir import checkpoint_steps
 
 
-def restore_decoder(directory: Path, config: Config) -> tuple[Decoder, int, dict[Path, str]]:
-    """Read the newest checkpoint that can be read, on one device, whatever mesh it was trained on.
+def restore_decoder(
+    directory: Path, config: Config, step: int | None = None
+) -> tuple[Decoder, int, dict[Path, str]]:
+    """Read a checkpoint on one device, whatever mesh it was trained on; training may be going on.
 
     Args:
         directory: Of the checkpoints.
         config: Of the run.
+        step: Of the checkpoint; None: the newest that can be read.
 
     Returns:
-        The decoder, the step, and what `checkpoint.restore` says of damaged checkpoints.
+        The decoder, the step, and newer checkpoints that are damaged, with what is wrong.
 
     Raises:
-        UserError: There is no checkpoint, or none can be read.
+        UserError: There is no such checkpoint, or it cannot be read.
     """
     mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
     optimizer = make_optimizer(config.optimizer, config.training.num_steps)
     with jax.set_mesh(mesh):
         graphdef, abstract = abstract_state(config.model, optimizer, config.training.seed, mesh)
-        restored = checkpoint.restore(directory, abstract)
-    if restored is None:
-        raise UserError(f"--workdir={directory.parent} holds no checkpoint yet: train it first")
+        restored = None
+        while restored is None:  # training may remove a checkpoint as it is read
+            steps = _steps(directory, step)
+            restored = checkpoint.restore(directory, abstract, steps=steps, repair=False)
     # Off the mesh: one device needs none.
     params = jax.tree.map(lambda x: x.addressable_data(0), restored.state.params)
     return nnx.merge(graphdef, params), restored.step, restored.unreadable
+
+
+def _steps(directory: Path, step: int | None) -> list[int]:
+    """Steps to try, newest first."""
+    steps, here = checkpoint_steps(directory), f"--workdir={directory.parent} holds no checkpoint"
+    require(bool(steps), f"{here} yet: train it first")
+    if step is None:
+        return steps
+    there = ", ".join(map(str, reversed(steps)))
+    require(step in steps, f"{here} of --step={step}: there is {there}")
+    return [step]
 
 
 def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:

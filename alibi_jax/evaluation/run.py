@@ -1,13 +1,17 @@
 """What longer inputs buy a trained model: every protocol, and a verdict.
 
-  alibi eval --workdir=DIR [--protocols=NAME,...] [--lengths=N,...]
+  alibi eval --workdir=DIR [--step=N|best] [--protocols=NAME,...] [--lengths=N,...]
              [--config.evaluation.FIELD=VALUE ...] [--config.data.source=SOURCE]
 
 Evaluates the newest checkpoint of a run of train.py on its own held-out text, writes
 DIR/evaluation.json and DIR/evaluation.png and prints the numbers and a verdict: to which length the
 loss holds, to which it uses context, and from how far back it retrieves. A model whose loss is not
-clearly below that of unigrams, bigrams and trigrams of its training text learned too little for one.
+clearly below that of unigrams, bigrams and trigrams of its training text learned too little for
+one. The run may still be training.
 
+  --step=N, --step=best the checkpoint of a step, or that of the lowest validation loss, which
+                        config.training.keep_best=true keeps; such numbers go into files of their
+                        own, evaluation-step-N.json and .png
   --protocols=NAME,...  some of nonoverlapping, fixed_targets, sliding_window, by_position,
                         truncated_input, truncation, attention_mass, needle, recall; all of them if
                         left out
@@ -24,7 +28,8 @@ clearly below that of unigrams, bigrams and trigrams of its training text learne
 
 Numbers are written after every protocol. Those that are there of the same checkpoint with the same
 settings are kept, and only what is missing is measured: so the same command goes on where it was
-stopped, and protocols can be added. Numbers with other settings are renamed, never overwritten.
+stopped, and protocols can be added. Numbers with other settings, or of an
+earlier checkpoint, are renamed, never overwritten.
 
 It runs on one device. Windows longer than tokens_per_batch go through in chunks, with cached keys.
 """
@@ -35,11 +40,11 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
-from alibi_jax import data
+from alibi_jax import backend, data
 from alibi_jax.cli import below, parse_flags
 from alibi_jax.config import Config, from_dict, override
 from alibi_jax.errors import UserError, require
@@ -50,10 +55,12 @@ from alibi_jax.evaluation.panels import evaluation_figure
 from alibi_jax.evaluation.report import versions, write_json
 from alibi_jax.evaluation.tables import evaluation_table
 from alibi_jax.evaluation.windows import supported_lengths
-from alibi_jax.training import compilation_cache, workdir
+from alibi_jax.files import given_path
+from alibi_jax.training import checkpoint, compilation_cache, workdir
 
 FLAGS = (
     "--workdir",
+    "--step",
     "--protocols",
     "--lengths",
     "--config.evaluation.",
@@ -73,6 +80,7 @@ _OF_NO_NUMBER = {
 def evaluate_run(
     directory: Path,
     *,
+    step: int | Literal["best"] | None = None,
     wanted: Sequence[str] = PROTOCOLS,
     lengths: Sequence[int] | None = None,
     overrides: dict[str, str] | None = None,
@@ -82,6 +90,7 @@ def evaluate_run(
 
     Args:
         directory: What train.py was given as --workdir.
+        step: Of the checkpoint; "best": of that with the lowest validation loss; None: the newest.
         wanted: Some of `PROTOCOLS`.
         lengths: Tokens per window, each a multiple of the one before; None: those of the config.
         overrides: Fields of the config by name, as "evaluation.num_windows".
@@ -97,21 +106,32 @@ def evaluate_run(
     config = override(config, overrides or {})
     config.model.validate()
     lengths = check_lengths(config, lengths)
+    backend.device_count()
     workdir.check_usable(directory)
     corpus = data.load_corpus(config.data)
+    advice = "bring that back, or say where it is with --config.data.source"
+    if "data.source" in (overrides or {}):
+        advice = "it has to be a copy, byte for byte, of what the run was trained on"
+    elif config.data.source == "stdlib":
+        advice = "these are the sources of the running Python: use that of the training"
     require(
         corpus.fingerprint == stream["corpus"],
         f"--workdir={directory} holds a run on other text than config.data.source="
-        f"{config.data.source!r} has now: bring that back, or say where it is with "
-        "--config.data.source",
+        f"{config.data.source!r} has now: {advice}",
     )
     held_out = getattr(corpus, config.evaluation.split)
-    path = numbers_file(directory, config)
-    with workdir.locked(directory):
+    checkpoints = directory / workdir.CHECKPOINTS
+    given = best_step(checkpoints, config) if step == "best" else step
+    path = numbers_file(directory, config, given)
+    with workdir.locked(directory, workdir.EVALUATION_LOCK):
         compilation_cache.use(directory)
-        decoder, step, unreadable = restore_decoder(directory / workdir.CHECKPOINTS, config)
+        decoder, step, unreadable = restore_decoder(checkpoints, config, given)
         for damaged, reason in unreadable.items():
-            say(f"a damaged checkpoint is now {damaged} ({reason}): evaluating step {step}")
+            say(f"{damaged} is damaged ({reason}): evaluating step {step}")
+        num_steps = config.training.num_steps
+        if step < num_steps:
+            unfinished = "" if given else ": the run is unfinished"
+            say(f"evaluating step {step} of {num_steps}{unfinished}")
         identity = {"step": step, "config": config.to_dict(), "versions": versions()}
         kept, _ = supported_lengths(held_out, lengths, config.data.packing)
         earlier = _read_numbers(path)
@@ -147,9 +167,21 @@ def evaluate_run(
     return found
 
 
-def numbers_file(directory: Path, config: Config) -> Path:
-    """Where the evaluation of a run is: scaled positions have files of their own."""
-    return directory / f"evaluation{_scaling(config)}.json"
+def best_step(checkpoints: Path, config: Config) -> int:
+    """The step of the lowest validation loss; UserError if the run does not keep it."""
+    losses = checkpoint.validation_losses(checkpoint.metadata(checkpoints))
+    require(
+        bool(losses) and config.training.keep_best,
+        "--step=best: the run keeps no checkpoint of the lowest validation loss: train it with "
+        "config.training.keep_best=true",
+    )
+    return min((loss, step) for step, loss in losses.items())[1]
+
+
+def numbers_file(directory: Path, config: Config, step: int | None = None) -> Path:
+    """Where the evaluation of a run is: scaled positions and given steps have their own files."""
+    of_step = "" if step is None else f"-step-{step}"
+    return directory / f"evaluation{_scaling(config)}{of_step}.json"
 
 
 def _scaling(config: Config) -> str:
@@ -177,7 +209,7 @@ def _settings(found: Mapping[str, Any]) -> dict[str, Any]:
 def _read_numbers(path: Path) -> dict[str, Any] | None:
     """An earlier evaluation; None if there is none that can be read."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         if _settings(found) and found["protocols"].keys() and found["verdict"].keys():
             return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -210,7 +242,7 @@ def read_run(directory: Path) -> tuple[Config, dict[str, Any]]:
         "given as --workdir",
     )
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         config, stream = record["config"], record["stream"]
         if stream.keys() >= {"corpus"} and config.keys():
             return from_dict(config), stream
@@ -240,26 +272,41 @@ def main(arguments: list[str]) -> int:
     """`alibi eval`: 0 if done."""
     flags = parse_flags(arguments, FLAGS)
     require(bool(flags.get("--workdir")), "--workdir is missing: give --workdir=DIR, that of a run")
-    directory = Path(flags["--workdir"]).expanduser()
+    directory = given_path("--workdir", flags["--workdir"])
+    step = parse_step(flags.get("--step"))
     try:
         found = evaluate_run(
             directory,
+            step=step,
             wanted=parse_protocols(flags.get("--protocols")),
             lengths=parse_lengths(flags.get("--lengths")),
             overrides=below("--config.", flags),
             say=lambda text: print(text, flush=True),
         )
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not backend.is_out_of_memory(error):
             raise
         raise UserError(
             "out of memory on the device: lower --config.evaluation.tokens_per_batch or shorten "
             "--lengths"
         ) from error
     print(f"\n{evaluation_table(found)}")
-    path = numbers_file(directory, from_dict(found["config"]))
+    path = numbers_file(directory, from_dict(found["config"]), found["step"] if step else None)
     print(f"\nfigure {path.with_suffix('.png')}, numbers {path}")
     return 0
+
+
+def parse_step(text: str | None) -> int | Literal["best"] | None:
+    """The checkpoint of `--step`, None without it; UserError for what names none."""
+    if text is None:
+        return None
+    if text == "best":
+        return "best"
+    require(
+        re.fullmatch("0*[1-9][0-9]{0,9}", text) is not None,
+        f"--step={text}: must be a number of steps, or best",
+    )
+    return int(text)
 
 
 def parse_protocols(text: str | None) -> tuple[str, ...]:

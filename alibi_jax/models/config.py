@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from typing import Literal
 
+from alibi_jax import fields
 from alibi_jax.errors import require
 
 
@@ -126,6 +127,7 @@ class DecoderConfig:
 
     def validate(self) -> None:
         """Raises UserError for values that no model can have."""
+        fields.check(self, "config.model")
         for name in ("num_layers", "embed_dim", "num_heads"):
             _at_least_one(name, getattr(self, name))
         optional = ("vocab_size", "num_kv_heads", "head_dim", "mlp_dim", "trained_length")

@@ -64,7 +64,7 @@ class Clock:
         A session that was killed wrote its last when it last saved.
         """
         try:
-            record = json.loads((workdir / FILE).read_text())
+            record = json.loads((workdir / FILE).read_text(encoding="utf-8"))
             earlier = {name: float(record["seconds"][name]) for name in ACTIVITIES}
             self._sessions = int(record["sessions"]) + 1
         except (OSError, ValueError, TypeError, KeyError):

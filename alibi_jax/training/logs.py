@@ -97,11 +97,16 @@ class Logs:
             self._begin_interval()
         return values["loss"]
 
-    def validation(self, step: int, nats: float, tokens: float, num_bytes: float) -> None:
-        """Keeps the loss of validation data: in all, of so many tokens and bytes of text."""
+    def validation(self, step: int, nats: float, tokens: float, num_bytes: float) -> float:
+        """Keeps the loss of validation data: in all, of so many tokens and bytes of text.
+
+        Returns:
+          Nats per token.
+        """
         loss, bits = nats / max(tokens, 1.0), _bits_per_byte(nats, num_bytes)
         self._write(step, {"validation_loss": loss, "validation_bits_per_byte": bits}, "validation")
         self.note(f"step {step}: validation loss {loss:.4f} ({bits:.4f} bits/byte)")
+        return loss
 
     def note(self, text: str) -> None:
         """Prints a line above the progress bar."""
@@ -121,7 +126,7 @@ class Logs:
             return
         # JSON has no nan and no infinity; they become null.
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._file.open("a") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | finite) + "\n")
         scalars = {f"{group}/{name}": value for name, value in values.items()}
         events.append(self._events, step, scalars)
@@ -135,7 +140,8 @@ def _bits_per_byte(nats: float, num_bytes: float) -> float:
 def _truncate(path: Path, last_step: int) -> list[dict[str, Any]]:
     """Leaves the entries up to `last_step` alone in the file, and gives them."""
     entries, lines = [], []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
             entry = json.loads(line)
             if entry["step"] <= last_step:

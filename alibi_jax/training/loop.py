@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from alibi_jax import data
 from alibi_jax.config import Config
-from alibi_jax.distributed import any_process, make_vote, print_once, wait_for_all
-from alibi_jax.errors import UserError
+from alibi_jax.distributed import any_process, from_main, make_vote, print_once, wait_for_all
+from alibi_jax.errors import UserError, require
 from alibi_jax.sharding import local_rows, spec, to_devices, to_host
 from alibi_jax.training import checkpoint, workdir
 from alibi_jax.training.chips import peak_flops
@@ -161,6 +161,8 @@ def train(
     clock.resume(directory)
     checkpoints = directory / workdir.CHECKPOINTS
     with clock.spend("checkpoint"):
+        for line in from_main(lambda: _leave_decay(checkpoints, config)):
+            print_once(line)
         restored = checkpoint.restore(checkpoints, program.state)
     start = 0 if restored is None else restored.step
     with clock.spend("compile"):
@@ -169,6 +171,8 @@ def train(
         print_once(f"a damaged checkpoint is now {path} ({reason}): falling back to step {start}")
     if restored:
         print_once(f"resuming at step {start} of {training.num_steps}")
+        if jump := _learning_rate_jump(config, restored):
+            print_once(jump)
 
     num_rows = config.data.batch_size
     stream = _stream(config, corpus.train, program.batch_sharding)
@@ -176,7 +180,14 @@ def train(
     if restored:
         batches.set_state(restored.position)
     validate = _validation(config, corpus, program)
-    saver = checkpoint.Checkpointer(checkpoints, training.keep_checkpoints, config.to_dict())
+    decay_start = config.optimizer.decay_start(training.num_steps)
+    saver = checkpoint.Checkpointer(
+        checkpoints,
+        training.keep_checkpoints,
+        config.to_dict(),
+        keep_best=training.keep_best,
+        keep_step=decay_start,
+    )
     with workdir.writing(directory), contextlib.ExitStack() as stack:
         stack.callback(clock.write, directory)
         stack.enter_context(saver)
@@ -221,17 +232,19 @@ def train(
                 if pending is not None:
                     report(*pending)
                 step, pending = step + 1, (step + 1, metrics)
-                due = step % training.checkpoint_every == 0
+                due = step % training.checkpoint_every == 0 or step == decay_start
                 validation_due = training.validate_every and step % training.validate_every == 0
                 if due or validation_due:
                     report(*pending)  # so that a state that diverged is never saved
                     pending = None
+                validation_loss = None
                 if validation_due:
                     with clock.spend("validation"):
-                        logs.validation(step, *validate(state.params))
+                        validation_loss = logs.validation(step, *validate(state.params))
+                    due = due or (training.keep_best and saver.is_best(validation_loss))
                 if due:
                     with clock.spend("checkpoint"):
-                        saver.save(step, state, batches.get_state())
+                        saver.save(step, state, batches.get_state(), validation_loss)
                         clock.write(directory)
                     saved = step
             if pending is not None:
@@ -257,6 +270,62 @@ def _stream(config: Config, split: data.TokenizedSplit, sharding: NamedSharding 
     )
 
 
+def _leave_decay(checkpoints: Path, config: Config) -> list[str]:
+    """Moves checkpoints aside whose learning rate decayed for an end that has moved since.
+
+    A run goes on without a jump, as if its decay had never begun, from a checkpoint before it.
+
+    Returns:
+      Lines that say so.
+
+    Raises:
+      UserError: there is none from before.
+    """
+    if config.optimizer.schedule != "wsd":
+        return []
+    decayed: dict[int, int] = {}  # step: where its decay had begun
+    found = checkpoint.metadata(checkpoints)
+    for step, about in found.items():
+        num_steps = _num_steps(about.get("config")) or config.training.num_steps
+        start = config.optimizer.decay_start(num_steps) or 0
+        if num_steps != config.training.num_steps and step > start:
+            decayed[step] = start
+    require(
+        len(decayed) < len(found) or not found,
+        f"the learning rate of {checkpoints.parent} has decayed from step "
+        f"{min(decayed.values(), default=0)} on, and no checkpoint from before is left to go on "
+        "from: give config.training.num_steps as it was, or another --workdir",
+    )
+    return [
+        f"step {step} has a learning rate that decays from step {start} on: kept as "
+        f"{checkpoint.set_aside(checkpoints / str(step), 'decayed')}"
+        for step, start in decayed.items()
+    ]
+
+
+def _num_steps(config: dict[str, Any] | None) -> int | None:
+    """The number of steps of the run that a checkpoint is of; None if it does not say."""
+    return None if config is None else config["training"]["num_steps"]
+
+
+def _learning_rate_jump(config: Config, restored: checkpoint.Restored) -> str | None:
+    """A line about a learning rate that another number of steps changes; None if it does not."""
+    before, now = _num_steps(restored.config), config.training.num_steps
+    if before is None:
+        return None
+    with jax.numpy_dtype_promotion("standard"):
+        old, new = (
+            float(learning_rate_schedule(config.optimizer, number)(restored.step))
+            for number in (before, now)
+        )
+    if math.isclose(old, new, rel_tol=1e-5):
+        return None
+    return (
+        f"learning rate at step {restored.step}: {old:.3g} under num_steps={before}, {new:.3g} "
+        f"under num_steps={now}; a run of config.optimizer.schedule=wsd goes on without a jump"
+    )
+
+
 def _validation(
     config: Config, corpus: data.Corpus, program: Program
 ) -> Callable[[Params], tuple[float, float, float]]:
@@ -270,7 +339,8 @@ def _validation(
             losses = to_host(program.loss_fn(params, batch["tokens"], batch["segment_ids"]))
             mask = to_host(target_mask(batch["segment_ids"]))
             token_bytes = to_host(batch["token_bytes"])[:, 1:]
-            sums += [(mask * of_targets).sum() for of_targets in (losses, 1.0, token_bytes)]
+            scored = mask > 0
+            sums += losses[scored].sum(), scored.sum(), token_bytes[scored].sum()
         nats, targets, num_bytes = sums.tolist()
         return nats, targets, num_bytes
 

@@ -1,6 +1,7 @@
 """The optimizers with a schedule, clipping, and weight decay where it belongs."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from alibi_jax.config import OptimizerConfig
@@ -11,16 +12,29 @@ NOT_DECAYED = ("bias", "scale", "position")
 
 
 def learning_rate_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then the configured schedule to the last step."""
+    """Linear warm-up from 0, then the configured schedule to the last step.
+
+    "wsd" is that of MiniCPM (arXiv:2404.06395) with the decay that Hägele et al. (arXiv:2405.18392)
+    found best, 1 - sqrt.
+    """
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     rest = max(num_steps - config.warmup_steps, 1)
     after = {
         "cosine": optax.cosine_decay_schedule(peak, rest, alpha=config.final_fraction),
         "linear": optax.linear_schedule(peak, end, rest),
         "constant": optax.constant_schedule(peak),
+        "wsd": optax.constant_schedule(peak),
     }[config.schedule]
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+    schedules, boundaries = [warmup, after], [config.warmup_steps]
+    if (start := config.decay_start(num_steps)) is not None:
+
+        def decay(count: jax.typing.ArrayLike) -> jax.Array:
+            done = jnp.clip(count / (num_steps - start), 0.0, 1.0)
+            return peak + (end - peak) * jnp.sqrt(done)
+
+        schedules, boundaries = [*schedules, decay], [*boundaries, start]
+    return optax.join_schedules(schedules, boundaries)
 
 
 def decay_mask(params):

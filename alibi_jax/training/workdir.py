@@ -1,9 +1,11 @@
 """The working directory of a run: who it belongs to, and what may change when it is resumed."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +20,7 @@ from alibi_jax.files import write_text
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
-LOCK = ".lock"
+LOCK, EVALUATION_LOCK = ".lock", ".evaluation.lock"
 
 _SEEN_SECONDS = 60.0  # until every machine sees a new file of a shared disk
 
@@ -33,6 +35,7 @@ RESUMABLE = (
     "training.validation_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_best",
     "training.on_nonfinite",
     "evaluation.",
     "mesh.",
@@ -104,10 +107,27 @@ def check_usable(workdir: Path) -> None:
             f"--workdir={workdir} is a file: give a directory, new or of a run to resume",
         )
         parent = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+        try:
+            tempfile.TemporaryDirectory(prefix=".alibi_jax-", dir=parent).cleanup()
+        except OSError as error:
+            raise UserError(
+                f"--workdir={workdir} cannot be written in {parent} ({error.strerror}): "
+                f"{advice(error)}"
+            ) from error
         require(
-            parent.is_dir() and os.access(parent, os.W_OK),
-            f"--workdir={workdir} cannot be written in {parent}: choose another directory",
+            jax.process_count() == 1 or not is_odd(workdir),
+            f"--workdir={workdir}: several processes cannot save under a name with any of []*?:\\ "
+            "or what cannot be printed: choose another directory",
         )
+
+
+def is_odd(workdir: Path) -> bool:
+    """Whether Orbax and TensorStore, given this path, could lose what they write.
+
+    They match the whole of it as a pattern, take part of it for a URL, and refuse what is no UTF-8.
+    """
+    path = str(workdir.absolute())
+    return not path.isprintable() or any(character in path for character in "[]*?:\\")
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -116,29 +136,41 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
+def advice(error: Exception) -> str:
+    """What to do where something could not be written."""
+    full = (os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    space = "free some space or " if any(full) else ""
+    return f"{space}choose another directory"
+
+
 @contextlib.contextmanager
 def writing(workdir: Path) -> Iterator[None]:
     """Turns what the operating system refuses into one clear line."""
     try:
         yield
+    except BrokenPipeError:  # of what is printed
+        raise
     except OSError as error:
         path = error.filename or workdir
         raise UserError(
-            f"--workdir={workdir}: cannot write {path} ({error.strerror or error}): free some "
-            "space or choose another directory"
+            f"--workdir={workdir}: cannot write {path} ({error.strerror or error}): {advice(error)}"
         ) from error
 
 
 @contextlib.contextmanager
-def locked(workdir: Path) -> Iterator[None]:
-    """Makes `workdir` and keeps other runs out; the system frees it if process 0 dies."""
+def locked(workdir: Path, lock: str = LOCK) -> Iterator[None]:
+    """Makes `workdir` and keeps others out; the system frees it if process 0 dies.
+
+    `lock` names the file: `LOCK` is of runs, `EVALUATION_LOCK` of evaluations, which may read while
+    a run goes on.
+    """
     if not distributed.is_main():
         yield
         return
     with contextlib.ExitStack() as stack:
         with writing(workdir):
             workdir.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((workdir / LOCK).open("w"))
+            file = stack.enter_context((workdir / lock).open("w", encoding="utf-8"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -146,13 +178,18 @@ def locked(workdir: Path) -> Iterator[None]:
                     f"--workdir={workdir} is in use by another process: wait for it, or choose "
                     "another directory"
                 ) from error
+            except OSError as error:
+                distributed.print_once(
+                    f"--workdir={workdir} is on a disk without locks ({error.strerror}): see to it "
+                    "that no other process writes there"
+                )
         yield
 
 
 def _read(path: Path) -> dict[str, Any]:
     """A record that `claim` wrote; raises UserError for anything else."""
     try:
-        record = json.loads(path.read_text())
+        record = json.loads(path.read_text(encoding="utf-8"))
         if record["config"].keys() and record["stream"].keys():
             return record
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -164,7 +201,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_same_run(workdir: Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    before, after = _flat(there["config"]), _flat(now["config"])
+    defaults = json.loads(json.dumps(Config().to_dict()))  # of fields newer than the run
+    before, after = _flat(defaults) | _flat(there["config"]), _flat(now["config"])
     for name in sorted(before.keys() | after.keys()):
         if before.get(name) != after.get(name) and not name.startswith(RESUMABLE):
             raise UserError(

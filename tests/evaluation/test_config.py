@@ -41,6 +41,12 @@ def test_windows_in_chunks_may_be_longer_than_what_is_computed_at_once():
         ({"num_bootstrap": 99}, "at least 100"),
         ({"num_trials": 0}, "num_trials=0"),
         ({"overlap": 1}, "overlap=1: must be at least 2"),
+        # What would take for ever, or more memory than there is.
+        ({"overlap": 129}, "and at most the training length, 128"),
+        ({"num_windows": 10**30}, "at least 1 and at most 1000000"),
+        ({"num_trials": 2**31}, "at least 1 and at most 1000000"),
+        ({"num_bootstrap": 10**9}, "and at most 1000000"),
+        ({"tokens_per_batch": 2**31}, "and at most 2147483647"),
         ({"multiples": (1,), "tokens_per_batch": 127}, "at least the training length, 128"),
     ],
 )

@@ -288,7 +288,9 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys):
     assert "given twice" in failing(capsys, run, run)
     assert "no DIR" in failing(capsys, "--output=x.html")
     assert "--theme is not known" in failing(capsys, run, "--theme=dark")
-    assert "is no directory" in failing(capsys, run, f"--output={tmp_path}/none/x.html")
+    assert "cannot be written (No such file" in failing(
+        capsys, run, f"--output={tmp_path}/none/x.html"
+    )
     assert "cannot be written" in failing(capsys, run, f"--output={empty}")
     for name in ("x.pdf", "x", "x.html.gz"):
         assert "give a name that ends in .html" in failing(

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,9 +11,10 @@ from alibi_jax.cli import main
 from alibi_jax.config import Config, OptimizerConfig, TrainingConfig, from_dict, override
 from alibi_jax.data import DataConfig
 from alibi_jax.errors import UserError
-from alibi_jax.evaluation import EvaluationConfig
+from alibi_jax.evaluation import EvaluationConfig, run
 from alibi_jax.evaluation.assess import PROTOCOLS
 from alibi_jax.evaluation.run import (
+    best_step,
     check_lengths,
     evaluate_run,
     parse_lengths,
@@ -20,6 +22,7 @@ from alibi_jax.evaluation.run import (
 )
 from alibi_jax.models import DecoderConfig
 from alibi_jax.run import train_short_test_long
+from alibi_jax.training import workdir
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def trained(tmp_path_factory):
             cache_dir=str(folder / "cache"),
         ),
         optimizer=OptimizerConfig(warmup_steps=2),
-        training=TrainingConfig(num_steps=20, validate_every=0),
+        training=TrainingConfig(num_steps=20, validate_every=0, checkpoint_every=10),
         evaluation=EvaluationConfig(
             multiples=(1, 2, 4),
             num_windows=6,
@@ -66,6 +69,7 @@ def test_end_to_end_in_chunks(trained, capsys):
     assert set(directory.iterdir()) - before == {
         directory / "evaluation.json",
         directory / "evaluation.png",
+        directory / workdir.EVALUATION_LOCK,
     }
     found = json.loads((directory / "evaluation.json").read_text())
     assert tuple(found["protocols"]) == PROTOCOLS
@@ -116,6 +120,36 @@ def test_protocols_add_up_and_nothing_is_overwritten(fresh):
 
 
 @pytest.mark.slow
+def test_any_checkpoint_while_training_goes_on(fresh, monkeypatch):
+    said, name = [], "nonoverlapping"
+    with workdir.locked(fresh):  # as a run holds it
+        newest = evaluate_run(fresh, wanted=(name,), say=said.append)
+        first = evaluate_run(fresh, wanted=(name,), step=10, say=said.append)
+    assert said == ["evaluating step 10 of 20"] and (newest["step"], first["step"]) == (20, 10)
+    for file, found in (("evaluation.json", newest), ("evaluation-step-10.json", first)):
+        assert json.loads((fresh / file).read_text())["protocols"] == found["protocols"]
+    assert first["protocols"] != newest["protocols"]
+
+    config = override(from_dict(newest["config"]), {"training.keep_best": "true"})
+    with pytest.raises(UserError, match="keeps no checkpoint of the lowest validation loss"):
+        best_step(fresh / "checkpoints", config)
+    found = {20: {"validation_loss": 2.0}, 10: {"validation_loss": 1.0}, 5: {}}
+    with monkeypatch.context() as patch:
+        patch.setattr(run.checkpoint, "metadata", lambda path: found)
+        assert best_step(fresh / "checkpoints", config) == 10
+    with pytest.raises(UserError, match=r"train it with config\.training\.keep_best=true"):
+        evaluate_run(fresh, step="best")
+
+    shutil.rmtree(fresh / "checkpoints" / "20")
+    again = evaluate_run(fresh, wanted=(name,), say=said.append)
+    assert said[1:] == [
+        "evaluating step 10 of 20: the run is unfinished",
+        "evaluation.json is not of these settings: renamed to evaluation.old1.json",
+    ]
+    assert again["protocols"] == first["protocols"]
+
+
+@pytest.mark.slow
 def test_positions_are_scaled_at_inference(fresh):
     """Slopes that are divided by 4 are those of a model that was given them."""
     scaling = {"model.length_scaling": "linear", "model.scaling_factor": "4"}
@@ -135,7 +169,8 @@ def test_positions_are_scaled_at_inference(fresh):
 
 
 def tree(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path: path.read_bytes() for path in files if path.name != workdir.EVALUATION_LOCK}
 
 
 def no_run(folder):
@@ -182,6 +217,8 @@ def damaged_checkpoint(folder):
         (of_other_text, [], "holds a run on other text"),
         (no_checkpoint, [], "holds no checkpoint yet: train it first"),
         (damaged_checkpoint, [], "can be read"),
+        (no_run, ["--step=7"], "holds no checkpoint of --step=7: there is 10, 20"),
+        (no_run, ["--step=last"], "--step=last: must be a number of steps, or best"),
         (no_run, ["--protocols=needles"], "did you mean needle?"),
         (no_run, ["--lengths=64,x"], "whole numbers of tokens"),
         (no_run, ["--lengths=100"], "has 100 after 64"),
@@ -200,6 +237,23 @@ def test_what_cannot_be_evaluated_ends_in_one_line(fresh, capsys, change, flags,
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and words in error, error
     assert tree(fresh) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "words"),
+    [
+        ("files:a", {}, "bring that back, or say where it is with --config.data.source"),
+        ("files:a", {"data.source": "files:b"}, "it has to be a copy, byte for byte"),
+        ("stdlib", {}, "sources of the running Python: use that of the training"),
+    ],
+)
+def test_other_text(tmp_path, monkeypatch, source, overrides, words):
+    """It never asks for what was just done."""
+    stream = {"corpus": "this one"}
+    workdir.claim(tmp_path, override(Config(), {"data.source": source}), stream)
+    monkeypatch.setattr(run.data, "load_corpus", lambda _: SimpleNamespace(fingerprint="another"))
+    with pytest.raises(UserError, match=f"holds a run on other text than .* has now: .*{words}"):
+        evaluate_run(tmp_path, overrides=overrides)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,34 @@ def test_round_trip(folder, saved, model, meshes, to_numpy, target):
         assert leaf.sharding.is_equivalent_to(promised.sharding, leaf.ndim)
 
 
+NAMES = [
+    "exp [lr=1e-3]",
+    "a*b?",
+    "back\\slash",
+    "back\\",
+    "new\nline",
+    "gs:",
+    " spaces ",
+    "-dash",
+    255 * "x",
+    os.fsdecode(b"latin-1 \xe9"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=ascii)
+def test_every_name_that_the_file_system_allows(tmp_path, model, meshes, to_numpy, name):
+    """Orbax reads some characters of a path as more than a name."""
+    folder, mesh = tmp_path / name / "checkpoints", meshes[8, 1, 1]
+    for step in (1, 2):
+        with Checkpointer(folder, 1) as saver:
+            saver.save(step, make(model, mesh, step), POSITION)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert [path.name for path in folder.iterdir()] == ["2"]
+    restored = restore(folder, make_abstract(model, mesh))
+    assert (restored.step, restored.unreadable) == (2, {})
+    same(to_numpy, make(model, mesh, 2), restored.state)
+
+
 @pytest.mark.parametrize("num_devices", [1, 2, 4])
 def test_fewer_devices(folder, saved, model, meshes, to_numpy, num_devices):
     """Eight devices saved it."""
@@ -218,6 +246,27 @@ def test_falls_back_over_several_and_again(folder, saved, model, meshes):
         assert [path.name for path in restored.unreadable] == [f"unreadable-30-{number}"]
     saved(30)
     assert restore(folder, abstract).step == 30
+
+
+def test_reading_beside_a_run_moves_nothing(folder, saved, model, meshes):
+    """What was removed as it was read is not damaged."""
+    abstract = make_abstract(model, meshes[8, 1, 1])
+    saved(10, 20, 30)
+    truncate(folder / "30")
+    restored = restore(folder, abstract, repair=False)
+    assert restored.step == 20 and list(restored.unreadable) == [folder / "30"]
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20", "30"]
+    assert restore(folder, abstract, steps=[50, 40], repair=False) is None
+    assert restore(folder, abstract, steps=[50, 10], repair=False).unreadable == {}
+
+
+def test_metadata_that_do_not_tell(folder, model, meshes):
+    with Checkpointer(folder, 1) as saver:
+        saver.save(10, make(model, meshes[8, 1, 1]), {})
+    path = folder / "10" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace('"position"', '"elsewhere"'))
+    with pytest.raises(UserError, match=r"can be read \(it does not say what it is of\); start"):
+        restore(folder, make_abstract(model, meshes[8, 1, 1]))
 
 
 def test_all_damaged(folder, saved, model, meshes):
@@ -336,6 +385,6 @@ def test_a_lost_process_is_not_a_full_disk(folder, model, meshes, monkeypatch):
 def test_no_folder(folder):
     folder.write_text("a file")
     with pytest.raises(
-        UserError, match=r"cannot write a checkpoint in .* exists\): free some space"
+        UserError, match=r"cannot write a checkpoint in .* exists\): choose another directory$"
     ):
         Checkpointer(folder, 2)

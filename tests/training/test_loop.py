@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 
 import jax
@@ -238,6 +239,91 @@ def test_damaged_checkpoint(make_run, undisturbed, capsys):
     assert (run.folder / "unreadable-8").is_dir()
 
 
+def test_the_best_is_kept(make_run):
+    """Also where none was due, and beyond an interruption."""
+    losses, now = [9.0, 5.0, 6.0, 7.0, 4.0, 8.0, math.nan, 5.0], [0]
+    best = {"validate_every": 1, "checkpoint_every": 3, "keep_checkpoints": 1, "keep_best": True}
+    run = make_run(**best)
+
+    def before(step):
+        now[0] = step
+        if step == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def loss_fn(params, tokens, ids):
+        return jnp.full((tokens.shape[0], tokens.shape[1] - 1), losses[now[0] - 1])
+
+    run.before, run.program = before, run.program._replace(loss_fn=loss_fn)
+    assert run.train()[0] == 6
+    assert run.saved == [5, 6]
+    run.before = lambda step: now.__setitem__(0, step)
+    assert run.train()[0] == 8
+    assert run.saved == [5, 8]
+    kept = checkpoint.validation_losses(checkpoint.metadata(run.folder / "checkpoints"))
+    assert kept == {5: pytest.approx(4.0)}  # none was due at step 8, the last
+
+
+WSD = {"schedule": "wsd", "decay_fraction": 0.25, "warmup_steps": 1}
+
+
+def test_extending_a_run_that_decayed(make_run, changed, capsys):
+    """It goes on from where its decay began, and ends as a run that was as long from the start.
+
+    Of 8 steps 2 decay, so that the decay begins at step 6; of 12 steps at step 9.
+    """
+    short, long = make_run("short", validate_every=0), make_run("long", validate_every=0)
+    often = {"checkpoint_every": 4, "keep_checkpoints": 1}
+    for run, steps in ((short, 8), (long, 12)):
+        run.config = changed(run.config, optimizer=WSD, training=often | {"num_steps": steps})
+    _, expected, _ = long.train()
+    assert long.saved == [9, 12]
+    short.train()
+    assert short.saved == [6, 8]
+    capsys.readouterr()
+    short.config = long.config
+    step, params, complete = short.train()
+    assert (step, complete, short.saved) == (12, True, [9, 12])
+    np.testing.assert_array_equal(params, expected)
+    assert short.metrics_file == long.metrics_file
+    decayed = short.folder / "decayed-8"
+    assert decayed.is_dir()
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"step 8 has a learning rate that decays from step 6 on: kept as {decayed}",
+        "resuming at step 6 of 12",
+    ]
+
+
+def test_extending_without_a_checkpoint_from_before(make_run, changed):
+    run = make_run(keep_checkpoints=1, validate_every=0)
+    run.config = changed(run.config, optimizer=WSD)
+    run.train()
+    shutil.rmtree(run.folder / "checkpoints" / "6")
+    run.config = changed(run.config, training={"num_steps": 12})
+    with pytest.raises(UserError, match="decayed from step 6 on, and no checkpoint from before"):
+        run.train()
+    assert run.saved == [8]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "rate"), [("linear", "0.508"), ("cosine", "0.458"), ("constant", None)]
+)
+def test_a_learning_rate_that_jumps_is_told(make_run, changed, capsys, schedule, rate):
+    """Shares of the peak by the schedules' formulas, at step 8 of 8 and then of 13, warm-up 0.
+
+    Linear: 1 - 0.8 * 8/13 = 0.508; cosine: 0.2 + 0.8 * (1 + cos(8/13 pi)) / 2 = 0.458.
+    """
+    run = make_run(validate_every=0)
+    optimizer = {"schedule": schedule, "warmup_steps": 0, "final_fraction": 0.2}
+    run.config = changed(run.config, optimizer=optimizer | {"learning_rate": 1.0})
+    run.train()
+    run.config = changed(run.config, training={"num_steps": 13})
+    capsys.readouterr()
+    run.train()
+    out = capsys.readouterr().out
+    line = f"learning rate at step 8: 0.2 under num_steps=8, {rate} under num_steps=13; "
+    assert (line in out) == ("learning rate" in out) == (rate is not None)
+
+
 def test_no_validation(make_run, corpus, changed):
     run = make_run(validate_every=0)
     run.program = run.program._replace(loss_fn=None)
@@ -260,7 +346,7 @@ def test_data_that_is_too_short(config, corpus, changed):
 def test_logs_that_cannot_be_written(make_run):
     run = make_run()
     (run.folder / "metrics.jsonl").mkdir()
-    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl .*: free some space"):
+    with pytest.raises(UserError, match=r"cannot write .*metrics.jsonl .*\): choose another"):
         run.train()
 
 

@@ -23,12 +23,18 @@ def formula(name, step, warmup, num_steps):
     done = min((step - warmup) / max(num_steps - warmup, 1), 1.0)
     if name == "cosine":
         return PEAK * (FINAL + (1 - FINAL) * (1 + math.cos(math.pi * done)) / 2)
+    if name == "wsd":  # the last fifth decays, after Hägele et al.: 1 - sqrt
+        decay = max(1, round(num_steps / 5))
+        done = max(step - (num_steps - decay), 0) / decay
+        return PEAK * (FINAL + (1 - FINAL) * (1 - math.sqrt(done)))
     return PEAK * (1 - (1 - FINAL) * done) if name == "linear" else PEAK
 
 
-@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
 @pytest.mark.parametrize(("warmup", "num_steps"), [(10, 100), (0, 100), (100, 100), (1, 2), (0, 1)])
 def test_schedule(name, warmup, num_steps):
+    if name == "wsd" and warmup == num_steps:
+        return  # no room for a decay: refused by `Config.validate`
     config = OptimizerConfig(
         learning_rate=PEAK, schedule=name, warmup_steps=warmup, final_fraction=FINAL
     )
@@ -39,6 +45,19 @@ def test_schedule(name, warmup, num_steps):
             expected = formula(name, step, warmup, num_steps)
             value = float(schedule(jnp.int32(step)))
             np.testing.assert_allclose(value, expected, rtol=1e-6, atol=1e-9, err_msg=str(step))
+
+
+def test_wsd_by_hand():
+    """100 steps, 10 of warm-up, 20 of decay to nothing: 1 - sqrt(5/20) = 0.5 at step 85."""
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule="wsd", warmup_steps=10, decay_fraction=0.2, final_fraction=0.0
+    )
+    expected = {0: 0, 5: 0.5, 10: 1, 50: 1, 80: 1, 85: 0.5, 100: 0, 120: 0}
+    assert config.decay_start(100) == 80 and OptimizerConfig().decay_start(100) is None
+    with jax.numpy_dtype_promotion("standard"):
+        schedule = learning_rate_schedule(config, 100)
+        for step, value in expected.items():
+            assert float(schedule(jnp.int32(step))) == pytest.approx(value, abs=1e-6), step
 
 
 def test_schedule_landmarks():
@@ -52,7 +71,7 @@ def test_schedule_landmarks():
         with jax.numpy_dtype_promotion("standard"):
             return float(learning_rate_schedule(config, 100)(jnp.int32(step)))
 
-    for name in ("cosine", "linear", "constant"):
+    for name in ("cosine", "linear", "constant", "wsd"):
         assert at(name, 0) == 0.0
         assert at(name, 10) == pytest.approx(PEAK)
         assert at(name, 0, warmup=0) == pytest.approx(PEAK)
@@ -196,12 +215,13 @@ def test_every_field_matters():
             values = optax.apply_updates(values, updates)
         return np.asarray(values["kernel"])
 
-    base = OptimizerConfig(warmup_steps=1, epsilon=1e-2)
+    base = OptimizerConfig(warmup_steps=1, epsilon=1e-2, schedule="wsd", decay_fraction=0.5)
     changes = {
         "name": "nag",
         "learning_rate": 1e-3,
-        "schedule": "constant",
+        "schedule": "linear",
         "warmup_steps": 0,
+        "decay_fraction": 1.0,
         "final_fraction": 0.9,
         "beta1": 0.5,
         "beta2": 0.5,

@@ -2,7 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
+import pathlib
 import re
 import typing
 
@@ -75,6 +78,7 @@ CHANGES = {
     "optimizer.learning_rate": 1.0,
     "optimizer.schedule": "linear",
     "optimizer.warmup_steps": 1,
+    "optimizer.decay_fraction": 0.5,
     "optimizer.final_fraction": 0.5,
     "optimizer.beta1": 0.5,
     "optimizer.beta2": 0.5,
@@ -90,6 +94,7 @@ CHANGES = {
     "training.validation_batches": 3,
     "training.checkpoint_every": 3,
     "training.keep_checkpoints": 3,
+    "training.keep_best": True,
     "training.on_nonfinite": "skip",
     "evaluation.multiples": (1, 4),
     "evaluation.split": "valid",
@@ -114,6 +119,7 @@ MAY_CHANGE = {
     "training.validation_batches",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    "training.keep_best",
     "training.on_nonfinite",
     *(name for name in CHANGES if name.startswith(("evaluation.", "mesh."))),
 }
@@ -202,8 +208,20 @@ def test_no_directory(tmp_path, config):
     refused("is a file: give a directory", tmp_path / "file", config, STREAM)
     refused("cannot be written .*choose another", tmp_path / "file" / "below", config, STREAM)
     refused("cannot write .*choose another", tmp_path / ("x" * 300), config, STREAM)
+    refused("cannot be written in /proc .No such", pathlib.Path("/proc/foo"), config, STREAM)
     (tmp_path / "run" / "config.json").mkdir(parents=True)
     refused("cannot write .*choose another", tmp_path / "run", config, STREAM)
+
+
+def test_a_name_that_orbax_misreads(tmp_path, monkeypatch):
+    """One process goes round it; several would each have another name for it."""
+    for name in ("exp [lr=1e-3]", "back\\slash", "12:30", "new\nline"):
+        workdir.check_usable(tmp_path / name)
+        with monkeypatch.context() as patch:
+            patch.setattr(workdir.jax, "process_count", lambda: 2)
+            with pytest.raises(UserError, match="several processes cannot save under a name with"):
+                workdir.check_usable(tmp_path / name)
+            workdir.check_usable(tmp_path / "lr=1e-3, é")
 
 
 def test_checkpoints_of_nobody(tmp_path, config):
@@ -245,8 +263,28 @@ def test_one_process_at_a_time(tmp_path):
             other.enter_context(workdir.locked(folder))
     with pytest.raises(OSError, match="inside"), workdir.locked(folder):
         raise OSError("inside")  # what happens inside says for itself what it is
-    with workdir.locked(folder):
-        pass
+    with workdir.locked(folder), workdir.locked(folder, workdir.EVALUATION_LOCK):
+        pass  # an evaluation reads while a run goes on
+
+
+def test_a_disk_without_locks(tmp_path, monkeypatch, capsys):
+    """Not a full one: the run goes on, and says what it cannot see to."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(workdir.fcntl, "flock", flock)
+    with workdir.locked(tmp_path):
+        assert "is on a disk without locks (No locks available): see to" in capsys.readouterr().out
+
+
+def test_space_is_asked_for_where_it_is_missing(tmp_path):
+    for code, space in ((errno.ENOSPC, True), (errno.EDQUOT, True), (errno.EACCES, False)):
+        with pytest.raises(UserError) as caught, workdir.writing(tmp_path):
+            raise OSError(code, os.strerror(code))
+        assert ("free some space" in str(caught.value)) == space
+    with pytest.raises(BrokenPipeError), workdir.writing(tmp_path):
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))  # of what is printed
 
 
 def test_fewer_steps_than_were_taken(tmp_path, config, changed):
@@ -262,6 +300,22 @@ def test_fewer_steps_than_were_taken(tmp_path, config, changed):
     )
     assert (tmp_path / "config.json").read_text() == before
     workdir.claim(tmp_path, changed(config, training={"num_steps": 9}), STREAM)
+
+
+def test_a_run_of_before_a_field_was_there(tmp_path, config, changed):
+    """It had the field's default."""
+    workdir.claim(tmp_path, config, STREAM)
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    record = json.loads((tmp_path / "config.json").read_text())
+    del record["config"]["model"]["qk_norm"], record["config"]["optimizer"]["beta2"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    refused(
+        "config.model.qk_norm=None, this one has full",
+        tmp_path,
+        changed(config, model={"qk_norm": "full"}),
+        STREAM,
+    )
+    workdir.claim(tmp_path, config, STREAM)
 
 
 def test_integers_for_floats_are_the_same_run(tmp_path, config, changed):

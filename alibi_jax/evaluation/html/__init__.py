@@ -20,7 +20,7 @@ from alibi_jax.evaluation.html import details, losses
 from alibi_jax.evaluation.html.read import Comparison, Run, read
 from alibi_jax.evaluation.html.tags import Html, join, tag
 from alibi_jax.evaluation.html.verdicts import verdicts
-from alibi_jax.files import write_text
+from alibi_jax.files import check_writable, given_path, write_text
 
 # Nothing may be fetched or run, whatever a config or a name holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -30,12 +30,15 @@ def main(arguments: list[str]) -> int:
     """Exit code: 0 done. Raises UserError for bad input, and has then written nothing."""
     directories, flags = _parse(arguments)
     require(bool(directories), "no DIR is given: name one or more, as in `alibi report runs/mine`")
-    output = Path(flags.get("--output", directories[0] / "report.html")).expanduser()
-    require(
-        output.suffix.lower() in (".html", ".htm"),
-        f"--output={output}: the report is an HTML page: give a name that ends in .html (a browser "
-        "prints it to PDF)",
-    )
+    output = directories[0] / "report.html"
+    if "--output" in flags:
+        output = given_path("--output", flags["--output"])
+        require(
+            output.suffix.lower() in (".html", ".htm"),
+            f"--output={output}: the report is an HTML page: give a name that ends in .html (a "
+            "browser prints it to PDF)",
+        )
+        check_writable("--output", output)
     try:
         whole = page(*read(directories))
     except UserError:
@@ -46,7 +49,6 @@ def main(arguments: list[str]) -> int:
             f"not know ({type(error).__name__}: {error}); evaluate again, or use the version that "
             "wrote it"
         ) from error
-    require(output.parent.is_dir(), f"--output={output}: {output.parent} is no directory; make it")
     try:
         write_text(output, whole)
     except OSError as error:
@@ -61,7 +63,7 @@ def _parse(arguments: Sequence[str]) -> tuple[list[Path], dict[str, str]]:
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
-            directories.append(Path(word).expanduser())
+            directories.append(given_path("DIR", word))
             continue
         flags.append(word)
         if "=" not in word and words:

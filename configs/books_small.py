@@ -31,7 +31,7 @@ def get_config() -> Config:
             out_bias=False,
             mlp_bias=False,
             position="alibi",
-            embed_scale=512**0.5,  # unit variance, so that sinusoids do not drown the tokens
+            embed_scale=512**0.5,  # as in Vaswani et al. 2017
             dtype="bfloat16",
         ),
         data=DataConfig(

@@ -25,7 +25,7 @@ def get_config() -> Config:
             num_layers=4,
             embed_dim=128,
             num_heads=8,
-            embed_scale=128**0.5,  # unit variance, so that sinusoids do not drown the tokens
+            embed_scale=128**0.5,  # as in Vaswani et al. 2017
             scan_layers=False,  # a few layers run faster unrolled, and compile as fast
         ),
         data=DataConfig(

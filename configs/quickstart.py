@@ -19,7 +19,7 @@ def get_config() -> Config:
             embed_dim=128,
             num_heads=8,
             position="alibi",
-            embed_scale=128**0.5,  # unit variance, so that sinusoids do not drown the tokens
+            embed_scale=128**0.5,  # as in Vaswani et al. 2017
             scan_layers=False,  # a few layers run faster unrolled, and compile as fast
         ),
         data=DataConfig(source="stdlib", tokenizer="bytes", sequence_length=128, batch_size=16),

@@ -31,15 +31,16 @@ class Band(nnx.Module):
     """Words start .. stop - 1.
 
     Attributes:
-      table: f32[stop - start, D], drawn from N(0, 1/D).
+      table: f32[stop - start, D], drawn from N(0, `config.vocabulary_std(D)`^2).
       projection: f32[D, M], of the variance of Glorot and Bengio (2010).
     """
 
-    def __init__(self, rngs: nnx.Rngs, start: int, stop: int, dim: int, embed_dim: int):
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, start: int, stop: int, dim: int):
         self.start, self.stop = start, stop
-        self.table = normal_param(rngs, (stop - start, dim), (None, "embed"), dim**-0.5)
-        std = (2.0 / (dim + embed_dim)) ** 0.5
-        self.projection = normal_param(rngs, (dim, embed_dim), (None, "embed"), std)
+        std = config.vocabulary_std(dim)
+        self.table = normal_param(rngs, (stop - start, dim), (None, "embed"), std)
+        std = (2.0 / (dim + config.embed_dim)) ** 0.5
+        self.projection = normal_param(rngs, (dim, config.embed_dim), (None, "embed"), std)
 
     def locate(self, tokens: Int[Array, "..."]) -> tuple[Int[Array, "..."], Array]:
         """Row of each token in the table (0 if it is of another band), and whether it is here."""
@@ -59,14 +60,14 @@ class AdaptiveVocabulary(nnx.Module):
         assert config.adaptive_cutoffs is not None and config.vocab_size is not None
         bounds = (0, *config.adaptive_cutoffs, config.vocab_size)
         self.bands = nnx.List(
-            Band(rngs, start, stop, dim, config.embed_dim)
+            Band(config, rngs, start, stop, dim)
             for (start, stop), dim in zip(
                 itertools.pairwise(bounds), config.band_dims(), strict=True
             )
         )
-        num_tails = len(self.bands) - 1
-        std = (2.0 / (num_tails + config.embed_dim)) ** 0.5
-        self.clusters = normal_param(rngs, (num_tails, config.embed_dim), (None, "embed"), std)
+        shape = (len(self.bands) - 1, config.embed_dim)
+        std = config.vocabulary_std(config.embed_dim)
+        self.clusters = normal_param(rngs, shape, (None, "embed"), std)
         self.dtype, self.dropout = jnp.dtype(config.dtype), config.adaptive_dropout
 
     def embed(self, tokens: Tokens) -> Activations:

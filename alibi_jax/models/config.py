@@ -125,6 +125,15 @@ class DecoderConfig:
         bands = range(len(self.adaptive_cutoffs or ()) + 1)
         return tuple(self.embed_dim // self.adaptive_factor**band for band in bands)
 
+    def vocabulary_std(self, dim: int) -> float:
+        """Standard deviation of the first embeddings and output weights of that width.
+
+        Smaller by M^0.25 than the dim^-0.5 that gives logits unit variance. A tied head finds in
+        the residual stream the embedding of the token that it was given, whose logit would else
+        begin at up to M^0.5, above all others.
+        """
+        return dim**-0.5 * self.embed_dim**-0.25
+
     def validate(self) -> None:
         """Raises UserError for values that no model can have."""
         fields.check(self, "config.model")

@@ -42,12 +42,12 @@ class Decoder(nnx.Module):
     """A pre-norm decoder.
 
     Attributes:
-      embedding: f32[V, M], drawn from N(0, 1/M); None with adaptive cutoffs.
+      embedding: f32[V, M], drawn from N(0, `config.vocabulary_std`^2); None with adaptive cutoffs.
       vocabulary: what stands for the embedding and the head with adaptive cutoffs, else None.
       blocks: one `Block` whose parameters are stacked over layers in their first axis, whether
         layers are scanned or unrolled.
       position: the position method, with the parameters that layers share.
-      head: f32[V, M], or None when tied to the embedding.
+      head: f32[V, M], drawn as the embedding is, or None when tied to it.
 
     `decoder(tokens)` gives logits. To train or to score, `decoder.token_losses(tokens, targets)`
     gives the cross-entropy without the logits of all tokens in memory. To score a row that is too
@@ -65,11 +65,8 @@ class Decoder(nnx.Module):
                 f"position={config.position} with length_scaling={config.length_scaling}"
             )
         self.config = config
-        shape, axes, std = (
-            (config.vocab_size, config.embed_dim),
-            (None, "embed"),
-            config.embed_dim**-0.5,
-        )
+        shape, axes = (config.vocab_size, config.embed_dim), (None, "embed")
+        std = config.vocabulary_std(config.embed_dim)
         adaptive = config.adaptive_cutoffs is not None
         self.vocabulary = AdaptiveVocabulary(config, rngs) if adaptive else None
         self.embedding = None if adaptive else normal_param(rngs, shape, axes, std)

@@ -251,8 +251,8 @@ def test_memory_does_not_hold_the_logits_of_all_tokens(monkeypatch):
     assert temporaries(32 * 64 * 3000 // 32) < all_logits / 4
 
 
-def test_parameters_start_with_unit_variance_at_the_input():
-    """With the embedding scaled by sqrt(M), as the WikiText-103 model does."""
+def test_words_of_all_bands_start_alike_at_the_input():
+    """Scaled by sqrt(M), as the WikiText-103 model does, they have the variance 1/sqrt(M)."""
     config = dataclasses.replace(
         CONFIG, vocab_size=3000, adaptive_cutoffs=(1000, 2000), embed_dim=256, adaptive_factor=4
     )
@@ -260,7 +260,7 @@ def test_parameters_start_with_unit_variance_at_the_input():
     x = np.asarray(jax.jit(lambda: AdaptiveVocabulary(config, nnx.Rngs(0)).embed(tokens))())[0]
     for start, dim in ((0, 256), (1000, 64), (2000, 16)):
         variance = 256 * (x[start : start + 1000] ** 2).mean()
-        assert variance == pytest.approx(2 * 256 / (256 + dim), rel=0.1)  # of Glorot's projection
+        assert 256**0.5 * variance == pytest.approx(2 * 256 / (256 + dim), rel=0.1)  # of Glorot's projection
 
 
 @pytest.mark.parametrize(

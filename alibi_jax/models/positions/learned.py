@@ -14,7 +14,7 @@ class Learned(Position):
     """A table of `config.trained_length` vectors; every later position has the last one.
 
     Attributes:
-      table: f32[trained_length, M], drawn from N(0, 1/M) as the token embeddings are.
+      table: f32[trained_length, M], drawn from N(0, 1/M).
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):

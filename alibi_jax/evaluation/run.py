@@ -6,7 +6,7 @@
 Evaluates the newest checkpoint of a run of train.py on its own held-out text, writes
 DIR/evaluation.json and DIR/evaluation.png and prints the numbers and a verdict: to which length the
 loss holds, to which it uses context, and from how far back it retrieves. A model whose loss is not
-clearly below that of unigrams, bigrams and trigrams of its training text learned too little for one.
+clearly below that of n-grams of its training text, n up to 3, learned too little for one.
 
   --protocols=NAME,...  some of nonoverlapping, fixed_targets, sliding_window, by_position,
                         truncated_input, truncation, attention_mass, needle, recall; all of them if

@@ -6,8 +6,8 @@
 Evaluates the newest checkpoint of a run of train.py on its own held-out text, writes
 DIR/evaluation.json and DIR/evaluation.png and prints the numbers and a verdict: to which length the
 loss holds, to which it uses context, and from how far back it retrieves. A model whose loss is not
-clearly below that of unigrams, bigrams and trigrams of its training text learned too little for
-one. The run may still be training.
+clearly below that of n-grams of its training text, n up to 3, learned too little for one. The run
+may still be training.
 
   --step=N, --step=best the checkpoint of a step, or that of the lowest validation loss, which
                         config.training.keep_best=true keeps; such numbers go into files of their

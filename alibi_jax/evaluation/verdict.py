@@ -95,8 +95,8 @@ def verdict(
         "holds_factor", times the training length; "compared_at", the longest length that holds or
         else the first beyond the training length (None if there is none); and, at that length,
         "nonoverlapping_change", "fixed_targets_change" and their "..._interval", nats per token
-        against the training length.
-        Nothing is said to hold where the model learned too little, or its loss is not finite.
+        against the training length. "holds_to" and "holds_factor" are None where the model learned
+        too little, or its loss is not finite.
     """
     train_length = fixed_targets[0]["length"]
     held = len(list(itertools.takewhile(_holds, fixed_targets[1:])))
@@ -158,8 +158,8 @@ def _none(floor: Floor, train_length: int) -> str:
         )
     return (
         f"The model {why_none(floor['n'])}, whose loss on the same tokens is "
-        f"{relative_change(floor)} from its own at the training length of {train_length} tokens. "
-        "How that changes with length says nothing about the use of context."
+        f"{relative_change(floor)} against the model's at the training length of {train_length} "
+        "tokens. How the model's changes with length says nothing about its use of context."
     )
 
 

@@ -55,7 +55,11 @@ def make_optimizer(config: OptimizerConfig, num_steps: int) -> optax.GradientTra
     "nag" is Nesterov's accelerated gradient as fairseq has it: the same steps, though fairseq keeps
     a velocity (minus the learning rate times the trace of gradients that optax keeps) and rescales
     it whenever the learning rate changes.
+
+    Raises:
+      UserError: the config cannot train.
     """
+    config.validate()
     schedule = learning_rate_schedule(config, num_steps)
     clip = optax.clip_by_global_norm(config.clip_norm)
     if config.name == "nag":

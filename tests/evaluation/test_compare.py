@@ -341,6 +341,16 @@ def test_directories_of_something_else(folder, tmp_path, performed, name, text, 
         compare.main(arguments(folder, tmp_path))
 
 
+def test_a_comparison_of_before_a_field_was_there(folder, tmp_path, performed):
+    assert compare.main(arguments(folder, tmp_path)) == 0
+    path = tmp_path / "arguments.json"
+    record = json.loads(path.read_text())
+    for config in record["methods"].values():
+        del config["training"]["keep_best"], config["evaluation"]["overlap"]
+    path.write_text(json.dumps(record))
+    assert compare.main(arguments(folder, tmp_path)) == 0
+
+
 def test_methods_start_from_the_same_parameters(folder):
     """And seeds from others."""
     methods = parse_methods("alibi+learned_slopes,none", str(folder / "config.py"), {})

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from alibi_jax.config import OptimizerConfig
+from alibi_jax.errors import UserError
 from alibi_jax.models import Decoder, DecoderConfig
 from alibi_jax.training.optimizer import decay_mask, learning_rate_schedule, make_optimizer
 
@@ -198,6 +199,15 @@ def test_nag_against_fairseq():
         velocity = momentum * correction * velocity - rate * g
         last = rate
         np.testing.assert_allclose(actual["kernel"], expected, rtol=1e-5, atol=2e-6)
+
+
+def test_a_config_that_cannot_train_is_refused():
+    for fields, words in (
+        ({"schedule": "step"}, "must be one of cosine"),
+        ({"beta1": 1.0}, "beta1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_optimizer(OptimizerConfig(**fields), 10)
 
 
 def test_every_field_matters():

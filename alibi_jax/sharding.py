@@ -1,12 +1,15 @@
 """One mesh with named axes, and the one table that says what is sharded over what.
 
-Every array is described by logical axes ("batch", "heads", ...); `RULES` maps those to mesh axes.
-Without a mesh (a notebook, a test, one device) `spec` is None and nothing is sharded.
+Every array is described by logical axes ("batch", "heads", ...); `RULES` maps those to mesh axes,
+and `rules` to those of a mesh of your own. An axis that the mesh lacks shards nothing. Nor does one
+that is not explicit: over "auto" axes XLA itself divides a program. Without a mesh (a notebook, a
+test, one device) `spec` is None and nothing is sharded.
 """
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -29,6 +32,9 @@ RULES: dict[str, str | tuple[str, ...]] = {
     "heads": "tensor",  # parameters and activations: query and key/value heads
     "mlp": "tensor",  # parameters and activations: the hidden layer of the MLP
 }
+
+# What `rules` sets: entries in the place of those of `RULES`. JAX compiles anew where it differs.
+_own_rules = jax.make_user_context(default_value=())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +80,38 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(placed, MESH_AXES, axis_types=(AxisType.Explicit,) * len(MESH_AXES))
 
 
+def rules(**mesh_axes: str | tuple[str, ...] | None) -> AbstractContextManager[None]:
+    """A context in which logical axes are sharded over mesh axes of other names than `RULES` has.
+
+      mesh = jax.make_mesh((4, 2), ("dp", "tp"))
+      with jax.set_mesh(mesh), rules(batch="dp", embed="dp", heads="tp", mlp="tp"):
+          model = Decoder(config, nnx.Rngs(0))
+
+    Args:
+      **mesh_axes: of logical axes, mesh axes; None: not sharded. Those left out are as before.
+
+    Raises:
+      UserError: there is no such logical axis.
+    """
+    for axis in mesh_axes:
+        require(axis in RULES, f"rules({axis}=...): the logical axes are {', '.join(RULES)}")
+    return _own_rules(tuple((dict(_own_rules.value) | mesh_axes).items()))
+
+
 def spec(*axes: str | None) -> PartitionSpec | None:
-    """PartitionSpec of an array with these logical axes, or None when no mesh is set."""
-    if jax.sharding.get_abstract_mesh().empty:
+    """PartitionSpec of an array with these logical axes, or None where no mesh axis is explicit."""
+    explicit = jax.sharding.get_abstract_mesh().explicit_axes
+    if not explicit:
         return None
-    return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
+    table = RULES | dict(_own_rules.value)
+
+    def over(axis: str | None) -> str | tuple[str, ...] | None:
+        names = table[axis] if axis else None
+        if names is None or isinstance(names, str):
+            return names if names in explicit else None
+        return tuple(name for name in names if name in explicit) or None
+
+    return PartitionSpec(*map(over, axes))
 
 
 def bytes_on_device(tree: Any) -> int:
@@ -91,7 +124,7 @@ def bytes_on_device(tree: Any) -> int:
 
 
 def replicate(x: jax.Array) -> jax.Array:
-    """A copy of x on every device of the mesh; x itself when no mesh is set."""
+    """A copy of x on every device of the mesh; x itself where no mesh axis is explicit."""
     replicated = spec(*(None,) * x.ndim)
     return x if replicated is None else jax.sharding.reshard(x, replicated)
 

@@ -8,7 +8,6 @@ key/value dimension, and the activations of one chunk.
 import operator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,55 +66,47 @@ def _steps(directory: Path, step: int | None) -> list[int]:
     return [step]
 
 
+@jax.jit
+def _whole_losses(decoder: Decoder, tokens: jax.Array, window: jax.Array | None) -> jax.Array:
+    return decoder.token_losses(tokens[:, :-1], tokens[:, 1:], window=window)[0]
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _chunk_losses(
+    decoder: Decoder, tokens: jax.Array, cache: Cache, window: jax.Array | None
+) -> tuple[jax.Array, Cache]:
+    losses, cache = decoder.chunk_losses(tokens[:, :-1], tokens[:, 1:], cache, window=window)
+    return losses[0], cache
+
+
+@partial(jax.jit, static_argnames="count")
+def _whole_logits(decoder: Decoder, tokens: jax.Array, count: int) -> jax.Array:
+    return decoder.logits(decoder.hidden(tokens)[:, -count:])
+
+
+@partial(jax.jit, donate_argnames="cache")
+def _chunk_hidden(decoder: Decoder, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
+    return decoder.chunk_hidden(tokens, cache)
+
+
 def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:
-    """Compile a decoder into what the protocols ask for.
+    """Turn a decoder into what the protocols ask for.
 
     Args:
         decoder: Off any mesh.
         tokens_per_batch: Tokens of a row that are computed at once; divides the longer rows best
             if it is a multiple of the training length.
     """
-    graphdef, params = nnx.split(decoder, nnx.Param)
-
-    @jax.jit
-    def whole_losses(params: Any, tokens: jax.Array, window: jax.Array | None) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        return model.token_losses(tokens[:, :-1], tokens[:, 1:], window=window)[0]
-
-    @partial(jax.jit, donate_argnames="cache")
-    def chunk_losses(
-        params: Any, tokens: jax.Array, cache: Cache, window: jax.Array | None
-    ) -> tuple[jax.Array, Cache]:
-        model = nnx.merge(graphdef, params)
-        losses, cache = model.chunk_losses(tokens[:, :-1], tokens[:, 1:], cache, window=window)
-        return losses[0], cache
-
-    @partial(jax.jit, static_argnames="count")
-    def whole_logits(params: Any, tokens: jax.Array, count: int) -> jax.Array:
-        model = nnx.merge(graphdef, params)
-        return model.logits(model.hidden(tokens)[:, -count:])
-
-    @partial(jax.jit, donate_argnames="cache")
-    def chunk_hidden(params: Any, tokens: jax.Array, cache: Cache) -> tuple[jax.Array, Cache]:
-        return nnx.merge(graphdef, params).chunk_hidden(tokens, cache)
-
-    @jax.jit
-    def last_logits(params: Any, hidden: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params).logits(hidden)
-
-    @partial(jax.jit, static_argnums=(2, 3))
-    def mass(params: Any, tokens: jax.Array, edges: tuple[int, ...], count: int) -> jax.Array:
-        return nnx.merge(graphdef, params).attention_mass(tokens, edges, count)
 
     def losses(tokens: np.ndarray, window: int | None) -> np.ndarray:
         rows, length = tokens.shape[0], tokens.shape[1] - 1
         limit = None if window is None else np.int32(window)
         size = chunk_length(length, tokens_per_batch)
         if size == length:
-            return np.asarray(whole_losses(params, tokens, limit))
+            return np.asarray(_whole_losses(decoder, tokens, limit))
         cache, parts = decoder.init_cache(rows, length), []
         for start in range(0, length, size):
-            part, cache = chunk_losses(params, tokens[:, start : start + size + 1], cache, limit)
+            part, cache = _chunk_losses(decoder, tokens[:, start : start + size + 1], cache, limit)
             parts.append(np.asarray(part))
         return np.concatenate(parts, axis=1)
 
@@ -123,18 +114,18 @@ def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:
         rows, length = tokens.shape
         size = chunk_length(length, tokens_per_batch)
         if size == length:
-            return np.asarray(whole_logits(params, tokens, count))
+            return np.asarray(_whole_logits(decoder, tokens, count))
         cache, last = decoder.init_cache(rows, length), np.zeros((rows, 0, 0))
         for start in range(0, length, size):
-            hidden, cache = chunk_hidden(params, tokens[:, start : start + size], cache)
+            hidden, cache = _chunk_hidden(decoder, tokens[:, start : start + size], cache)
             tail = np.asarray(hidden[:, -count:])
             last = np.concatenate([last, tail], axis=1)[:, -count:] if start else tail
-        return np.asarray(last_logits(params, last))
+        return np.asarray(decoder.logits(jnp.asarray(last)))
 
     return Scorer(
         losses,
         logits,
-        lambda tokens, edges, count: mass(params, tokens, edges, count),
+        lambda tokens, edges, count: decoder.attention_mass(jnp.asarray(tokens), edges, count),
         lambda length: slopes_of(decoder, length),
         decoder.config.sink,
     )

@@ -39,7 +39,7 @@ def mass_by_distance(
     bias = LinearBias(bias) if isinstance(bias, jax.Array) else bias
     size = max(1, min(num_queries, LOGITS_AT_ONCE // (batch * heads * length)))
     num_chunks = -(-num_queries // size)
-    key_positions = jnp.arange(length)
+    key_positions = jnp.arange(length, dtype=jnp.int32)
     grouped = key.shape[2]
 
     def chunk(rows: Array) -> Array:
@@ -60,7 +60,8 @@ def mass_by_distance(
         sums = [jnp.sum(jnp.where(r[None, None], probability, 0.0), (2, 3)) for r in ranges]
         return jnp.stack(sums, axis=-1)
 
-    rows = (length - num_queries + jnp.arange(num_chunks * size)).reshape(num_chunks, size)
+    rows = length - num_queries + jnp.arange(num_chunks * size, dtype=jnp.int32)
+    rows = rows.reshape(num_chunks, size)
     return jnp.sum(jax.lax.map(chunk, rows), axis=0) / num_queries
 
 

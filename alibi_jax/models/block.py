@@ -53,7 +53,7 @@ class Row(NamedTuple):
     positions: QueryPositions
     given_positions: QueryPositions | None
     segment_ids: SegmentIds | None
-    window: int | Array | None
+    window: Array | None
     length: int
 
 
@@ -121,8 +121,8 @@ class SelfAttention(nnx.Module):
             if isinstance(bias, PrefixBias) and prefix is not None:
                 bias = PrefixBias(bias.query, prefix)
             # Causality hides the part that is not filled yet.
-            query_positions = cache.filled + jnp.arange(x.shape[1])
-            key_positions = jnp.arange(cache.length)
+            query_positions = cache.filled + jnp.arange(x.shape[1], dtype=jnp.int32)
+            key_positions = jnp.arange(cache.length, dtype=jnp.int32)
         mixed = attention(
             query,
             key,

@@ -64,6 +64,7 @@ def write(
         axes = ("batch", None, "heads", None)[: chunk.ndim]
         chunk = chunk if spec() is None else jax.sharding.reshard(chunk, spec(*axes))
         start = (layer, 0, cache.filled, *(0,) * (chunk.ndim - 2))
+        start = tuple(jnp.asarray(index, jnp.int32) for index in start)  # also with 64 bits
         return jax.lax.dynamic_update_slice(rows, chunk[None], start)
 
     key, value, prefix = jax.tree.map(

@@ -186,6 +186,12 @@ class DecoderConfig:
         self._validate_position()
         if self.adaptive_cutoffs is not None:
             self._validate_bands(self.adaptive_cutoffs)
+        for name in ("adaptive_factor", "adaptive_dropout"):
+            require(
+                self.adaptive_cutoffs is not None or getattr(self, name) == _default(name),
+                f"config.model.{name}={getattr(self, name)} is of the bands of adaptive_cutoffs, "
+                "and there are none: leave it out, or give them",
+            )
 
     def _validate_position(self) -> None:
         for name, methods in OPTIONS.items():

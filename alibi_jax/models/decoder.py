@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import operator
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from alibi_jax.errors import UserError
 from alibi_jax.models.adaptive import AdaptiveVocabulary
 from alibi_jax.models.block import Block, Row
 from alibi_jax.models.cache import Cache, empty_cache
+from alibi_jax.models.checks import as_ids, as_window, values_of
 from alibi_jax.models.config import DecoderConfig
 from alibi_jax.models.layers import Norm, dropout, normal_param
 from alibi_jax.models.positions import POSITION_METHODS
@@ -52,6 +54,12 @@ class Decoder(nnx.Module):
     `decoder(tokens)` gives logits. To train or to score, `decoder.token_losses(tokens, targets)`
     gives the cross-entropy without the logits of all tokens in memory. To score a row that is too
     long for that, `decoder.chunk_losses` goes through it a chunk at a time.
+
+    Tokens and targets outside the vocabulary, and chunks that a cache has no room for, raise
+    ValueError. Inside `jit`, where values are not known, they give NaN.
+
+    Methods check what they are given; what they compute is methods that are compiled, once for each
+    shape, wherever they are called.
     """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
@@ -107,6 +115,10 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Activations, *, key: jax.Array | None = None) -> Logits:
         """Next-token logits of activations [B, T, M] of `hidden`, as the call's; `key` as there."""
+        return self._logits(hidden, key)
+
+    @jax.jit
+    def _logits(self, hidden: Activations, key: jax.Array | None) -> Logits:
         if self.vocabulary is not None:
             return self.vocabulary.logits(hidden, key)
         logits = jnp.einsum(
@@ -142,16 +154,29 @@ class Decoder(nnx.Module):
           Cross-entropy in nats, f32[B, T], and the log-normaliser of the logits (with adaptive
           cutoffs, of the head's), f32[B, T].
         """
+        targets = self._ids("targets", targets)
         key, end_key = (None, None) if key is None else jax.random.split(key)
         hidden = self.hidden(
             tokens, segment_ids=segment_ids, positions=positions, key=key, window=window
         )
         return self._losses(hidden, targets, end_key)
 
+    @jax.jit
     def _losses(self, hidden: Activations, targets: Tokens, key: jax.Array | None) -> Losses:
         if self.vocabulary is not None:
-            return self.vocabulary.token_losses(hidden, targets, key)
-        return softmax_losses(hidden, self._head(), targets, self.config.logit_scale)
+            nats, log_z = self.vocabulary.token_losses(hidden, targets, key)
+        else:
+            scale = self.config.logit_scale
+            nats, log_z = softmax_losses(hidden, self._head(), targets, scale)
+        return jnp.where(self._in_vocabulary(targets), nats, jnp.nan), log_z
+
+    def _ids(self, name: str, ids: Tokens) -> Tokens:
+        assert self.config.vocab_size is not None
+        return as_ids(name, ids, self.config.vocab_size)
+
+    def _in_vocabulary(self, ids: Tokens) -> Array:
+        assert self.config.vocab_size is not None
+        return (ids >= 0) & (ids < self.config.vocab_size)
 
     def _head(self) -> Float[Array, "V M"]:
         head = self.embedding if self.head is None else self.head
@@ -168,6 +193,19 @@ class Decoder(nnx.Module):
         window: int | Array | None = None,
     ) -> Activations:
         """Activations after the last block and the final norm, [B, T, M] in `config.dtype`."""
+        return self._hidden(
+            self._ids("tokens", tokens), segment_ids, positions, key, as_window(window)
+        )
+
+    @jax.jit
+    def _hidden(
+        self,
+        tokens: Tokens,
+        segment_ids: SegmentIds | None,
+        positions: QueryPositions | None,
+        key: jax.Array | None,
+        window: Array | None,
+    ) -> Activations:
         row = self._row(tokens, positions, segment_ids=segment_ids, window=window)
         x = self._embed(tokens, row)
         keys = None
@@ -209,31 +247,34 @@ class Decoder(nnx.Module):
 
         Returns:
           Cross-entropy in nats and log-normaliser, f32[B, C] each, and the cache with the tokens.
-          NaN for tokens that the cache has no room for.
-
-        Raises:
-          ValueError: the chunk is longer than the cache.
         """
-        hidden, after = self.chunk_hidden(tokens, cache, window=window)
-        fits = after.filled <= cache.length
-        losses = self._losses(hidden, targets, None)
-        return jax.tree.map(lambda x: jnp.where(fits, x, jnp.nan), losses), after
+        targets = self._ids("targets", targets)
+        hidden, cache = self.chunk_hidden(tokens, cache, window=window)
+        return self._losses(hidden, targets, None), cache
 
     def chunk_hidden(
         self, tokens: Tokens, cache: Cache, *, window: int | Array | None = None
     ) -> tuple[Activations, Cache]:
         """Activations [B, C, M] as `hidden` has, of the tokens that follow those of the cache.
 
-        For `logits`, say of the last one. The arguments are those of `chunk_losses`; tokens that
-        the cache has no room for have no defined activations.
+        For `logits`, say of the last one. The arguments are those of `chunk_losses`.
         """
-        if tokens.shape[1] > cache.length:
+        tokens, filled = self._ids("tokens", tokens), values_of(cache.filled)
+        held = 0 if filled is None else int(filled)
+        if held + tokens.shape[1] > cache.length:
             raise ValueError(
-                f"a chunk of {tokens.shape[1]} tokens does not fit a cache of {cache.length}: give "
-                "init_cache the length of the whole row"
+                f"a chunk of {tokens.shape[1]} tokens does not fit a cache of {cache.length} that "
+                f"holds {held}: give init_cache the length of the whole row"
             )
+        return self._chunk_hidden(tokens, cache, as_window(window))
+
+    @jax.jit
+    def _chunk_hidden(
+        self, tokens: Tokens, cache: Cache, window: Array | None
+    ) -> tuple[Activations, Cache]:
+        size = tokens.shape[1]
         positions = jnp.broadcast_to(
-            (cache.filled + jnp.arange(tokens.shape[1]))[None],
+            (cache.filled + jnp.arange(size, dtype=jnp.int32))[None],
             tokens.shape,
             out_sharding=spec("batch", "length"),
         )
@@ -245,10 +286,13 @@ class Decoder(nnx.Module):
             return block(x, row, None, cache, index), None
 
         (x, cache), _ = self._through_layers(
-            layer, (self._embed(tokens, row), cache), jnp.arange(self.config.num_layers)
+            layer,
+            (self._embed(tokens, row), cache),
+            jnp.arange(self.config.num_layers, dtype=jnp.int32),
         )
         x = x if self.final_norm is None else self.final_norm(x)
-        return x, dataclasses.replace(cache, filled=cache.filled + tokens.shape[1])
+        cache = dataclasses.replace(cache, filled=cache.filled + size)
+        return jnp.where(cache.filled <= cache.length, x, jnp.nan), cache
 
     def attention_mass(
         self, tokens: Tokens, edges: tuple[int, ...], num_queries: int
@@ -275,6 +319,12 @@ class Decoder(nnx.Module):
                 f"num_queries must be from 1 to the number of tokens, {tokens.shape[1]}, "
                 f"got {num_queries}"
             )
+        return self._attention_mass(self._ids("tokens", tokens), tuple(edges), num_queries)
+
+    @partial(jax.jit, static_argnames=("edges", "num_queries"))
+    def _attention_mass(
+        self, tokens: Tokens, edges: tuple[int, ...], num_queries: int
+    ) -> Float[Array, "L B H N"]:
         row = self._row(tokens, None)
 
         def layer(x, block_and_index):
@@ -282,7 +332,7 @@ class Decoder(nnx.Module):
             mass = block.attention.mass(block.attention_norm(x), row, edges, num_queries)
             return block(x, row)[0], mass
 
-        index = jnp.arange(self.config.num_layers)
+        index = jnp.arange(self.config.num_layers, dtype=jnp.int32)
         return self._through_layers(layer, self._embed(tokens, row), index)[1]
 
     def _row(
@@ -291,13 +341,15 @@ class Decoder(nnx.Module):
         positions: QueryPositions | None,
         *,
         segment_ids: SegmentIds | None = None,
-        window: int | Array | None = None,
+        window: Array | None = None,
         length: int | None = None,
     ) -> Row:
         batch, num_tokens = tokens.shape
         # Sharded as the tokens: else every device would hold sinusoids of the whole batch.
         index = jnp.broadcast_to(
-            jnp.arange(num_tokens)[None], (batch, num_tokens), out_sharding=spec("batch", "length")
+            jnp.arange(num_tokens, dtype=jnp.int32)[None],
+            (batch, num_tokens),
+            out_sharding=spec("batch", "length"),
         )
         return Row(
             self.position,
@@ -317,7 +369,8 @@ class Decoder(nnx.Module):
             assert self.embedding is not None
             table = replicate(self.embedding[...])
             x = table.at[tokens].get(out_sharding=spec("batch", "length", None))
-        x = (config.embed_scale * x).astype(jnp.dtype(config.dtype))
+        x = jnp.where(self._in_vocabulary(tokens)[..., None], config.embed_scale * x, jnp.nan)
+        x = x.astype(jnp.dtype(config.dtype))
         x = self.position.embed(x, row.positions)
         return x if self.embed_norm is None else self.embed_norm(x)
 

@@ -74,7 +74,7 @@ def on_each_device(
         nats, log_z = losses(flat, weights)
         return nats.reshape(batch, length), log_z.reshape(batch, length)
 
-    if jax.sharding.get_abstract_mesh().empty:
+    if not jax.sharding.get_abstract_mesh().explicit_axes:
         return local(tokens, weights)
     of_tokens = PartitionSpec(*jax.typeof(tokens[0]).sharding.spec[:2])
     axes = tuple(jax.tree.leaves(tuple(of_tokens)))

@@ -260,7 +260,9 @@ def test_words_of_all_bands_start_alike_at_the_input():
     x = np.asarray(jax.jit(lambda: AdaptiveVocabulary(config, nnx.Rngs(0)).embed(tokens))())[0]
     for start, dim in ((0, 256), (1000, 64), (2000, 16)):
         variance = 256 * (x[start : start + 1000] ** 2).mean()
-        assert 256**0.5 * variance == pytest.approx(2 * 256 / (256 + dim), rel=0.1)  # of Glorot's projection
+        assert 256**0.5 * variance == pytest.approx(
+            2 * 256 / (256 + dim), rel=0.1
+        )  # of Glorot's projection
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def _buckets() -> np.ndarray:
     distance = np.arange(MAX_DISTANCE + 1)
     logs = np.log(np.maximum(distance, EXACT) / EXACT) / np.log(MAX_DISTANCE / EXACT)
     wide = EXACT + np.floor(logs * (NUM_BUCKETS - EXACT)).astype(int)
-    return np.where(distance < EXACT, distance, np.minimum(wide, NUM_BUCKETS - 1))
+    return np.where(distance < EXACT, distance, np.minimum(wide, NUM_BUCKETS - 1)).astype(np.int32)
 
 
 BUCKETS = _buckets()  # of the distances 0 .. 128

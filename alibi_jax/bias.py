@@ -189,9 +189,9 @@ def horizon(
 
     Returns:
       i32[H], at least 1 and at most `length`; float32 rounding may move it where the probability
-      is within 1e-4 of `tolerance`, relatively. Without a length it is 2147483647 (`NEVER`) for a
-      head from which nothing can be dropped at any distance that int32 holds: slope 0, tolerance 0,
-      or a slope too small for the range. All arguments may be traced.
+      is within 1e-4 + 3e-7 * logit_range of `tolerance`, relatively. Without a length it is
+      2147483647 (`NEVER`) for a head from which nothing can be dropped at any distance that int32
+      holds: slope 0, tolerance 0, or a slope too small for the range. All arguments may be traced.
 
     Raises:
       TypeError: `slopes` is not floating, or `length` not an integer.
@@ -205,7 +205,8 @@ def horizon(
         )
     if is_known(logit_range) and not np.all(np.asarray(logit_range) >= 0):
         raise ValueError(f"logit_range must be at least 0, got {logit_range}")
-    if is_known(tolerance) and not 0 <= tolerance < 1:
+    # In NumPy: what is computed of JAX's arrays inside jit is no longer known.
+    if is_known(tolerance) and not 0 <= np.asarray(tolerance) < 1:
         raise ValueError(f"tolerance must be at least 0 and below 1, got {tolerance}")
 
     # A slope this small bends nothing over 2^31 positions: it stands for 0 without a 0/0.
@@ -216,10 +217,10 @@ def horizon(
     if length is None:
         return _ceil_to_int32(-log_c / slopes)
 
+    if is_known(length) and not np.asarray(length) >= 1:
+        raise ValueError(f"length must be at least 1, got {length}")
     length = jnp.asarray(length)
     check_integer("length", length)
-    if is_known(length) and length < 1:
-        raise ValueError(f"length must be at least 1, got {length}")
     length = length.astype(jnp.int32)
     total = slopes * length.astype(jnp.float32)
     log_near = jnp.log(-jnp.expm1(-total))  # log(1 - e^(-mL))

@@ -256,6 +256,19 @@ def test_horizon_without_a_length(logit_range, tolerance, exponent):
         assert mass(slope, logit_range, width - 1) > tolerance * (1 - 1e-4)
 
 
+def test_horizon_at_ranges_that_float32_rounds():
+    for logit_range in (1e3, 1e4, 3e4):
+        near = 1e-4 + 3e-7 * logit_range
+        for exponent in range(9):
+            for tolerance in np.float32([1e-7, 1e-3]):
+                m = np.float32([2.0**-exponent])
+                width = int(jit_horizon(m, logit_range=logit_range, tolerance=tolerance)[0])
+                # Of rows without end the dropped keys have e^(R-mW) for each of the others.
+                odds = tolerance / (1 - np.float64(tolerance))
+                assert -m[0] * width + logit_range <= np.log(odds * (1 + near))
+                assert -m[0] * (width - 1) + logit_range > np.log(odds * (1 - near))
+
+
 def test_horizon_where_the_length_is_close_to_it():
     """Around the length from which on the length stops to matter, where the formulas meet."""
     m = np.asarray(slopes(8))

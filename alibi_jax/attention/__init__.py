@@ -52,9 +52,17 @@ def attention(
     Press, Smith, Lewis, "Train Short, Test Long", ICLR 2022, section 3. As in its footnote 10 the
     scale never touches the bias. Logits and softmax are float32 (float64 for float64 inputs), and
     so is the accumulation of both products. A query that sees no key gives zeros, and zero
-    gradients. Differentiable in `query`, `key`, `value` and `slopes` (or the arrays of another
-    bias): once and in reverse by the implementations that go by tiles, and any number of times by
-    "dense".
+    gradients: with T > S and the default positions these are the first T - S.
+
+    What a query does not see does not matter to it, NaN and infinity included, and what it sees
+    does: one key or value that is not finite makes NaN of the whole row of output, and of every
+    gradient that the row has a part in, however far away it is. (With "dense" a cotangent that is
+    not finite, of a row that is, also reaches the values that the row does not see.)
+
+    Differentiable in `query`, `key`, `value` and `slopes` (or the arrays of another bias). The
+    implementations that go by tiles have `jax.grad`, and `jax.jvp` of that; "dense" has all orders
+    and modes. Slopes that are constants held as an array in a module of another library are, to
+    `jax.grad`, parameters: give `jax.lax.stop_gradient(slopes)`.
 
     Under an explicit mesh, batch and head axes may be sharded without further annotation, as long
     as the mesh axis of the heads divides K, or K is 1 and replicated. So may the lengths of query,
@@ -204,6 +212,7 @@ def _attend(
     One of the two scales is None. Of `constants` the program depends, and so must its cache.
     """
     scale = fixed_scale if scale is None else scale
+    assert scale is not None
     if window is not None:
         # One that was not known could not be refused: with NaN it does not pass for an answer.
         scale = jnp.where(window >= 1, scale, jnp.nan)

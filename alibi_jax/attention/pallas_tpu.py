@@ -193,9 +193,13 @@ def _values(plan, inputs, dtype):
     return _one_by_one(partial(_forward, dtype=dtype), plan, only_once(inputs))
 
 
+# jit, or an eager `jax.grad` would compile the kernels anew each time.
+@partial(jax.jit, static_argnames=("plan", "dtype", "of_bias"), inline=True)
 def _gradients(plan, inputs, output, stats, cotangent, dtype, *, of_bias):
     """Return the gradients of query, key and value in a dtype, and of the numbers."""
     inputs, output, stats, cotangent = only_once((inputs, output, stats, cotangent))
+    # The barrier, since the compiler for v5p fails where this and a loss are one fusion.
+    output, stats, cotangent = jax.lax.optimization_barrier((output, stats, cotangent))
     query, cotangent, largest, total = finite_for_gradients(
         inputs.query, cotangent, stats[:, :, 0], stats[:, :, 1]
     )

@@ -15,6 +15,7 @@ from alibi_jax.attention import attention as attention_op_by_op
 from alibi_jax.attention import choice
 from alibi_jax.attention.case import Case
 from tests.attention.naive import close, inputs, naive_attention
+from tests.attention.test_edges import compilations
 from tests.attention.test_nonfinite import expected as expected_of
 
 attention = jax.jit(attention_op_by_op, static_argnames=("causal", "tolerance", "implementation"))
@@ -205,6 +206,18 @@ def test_on_a_simulated_tpu(monkeypatch, capfd, causal):
     check_against_dense(args, causal=causal, segment_ids=ids)
     assert "RACE" not in capfd.readouterr().out
     jax.clear_caches()
+
+
+def test_an_eager_gradient_compiles_once(small_tiles):
+    args = inputs(length=9)
+
+    def loss(*args):
+        return attention_op_by_op(*args, implementation="pallas_tpu").sum()
+
+    for _ in range(2):
+        with compilations() as count:
+            jax.grad(loss, (0, 1, 2, 3))(*args)
+    assert count() == 0
 
 
 # Skipping

@@ -28,7 +28,9 @@ def given_path(name: str, text: str) -> Path:
         ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{name}={text!r} is no path that can be used: {reason}") from error
+        raise UserError(
+            f"{name}={text!r} is no path that can be used ({reason}): choose another"
+        ) from error
     return path
 
 

@@ -304,7 +304,7 @@ def test_no_directory(command, train, capsys, tmp_path):
         (tmp_path / "file", "is a file: give a directory"),
         (tmp_path / "file" / "below", "choose another directory"),
         ("/proc/nothing/here", "choose another directory"),
-        (tmp_path / ("x" * 300), "choose another directory"),
+        (tmp_path / ("x" * 300), "File name too long): choose another"),
     ]:
         refused(capsys, train, [f"--config={command.file}", f"--workdir={workdir}"], words)
     assert tree(tmp_path) == before

@@ -88,11 +88,6 @@ class EvaluationConfig:
             f"overlap, and at most the training length, {train_length}",
         )
         require(
-            train_length >= 2,
-            f"config.data.sequence_length={train_length}: must be at least 2, or no target of the "
-            "evaluation would have context",
-        )
-        require(
             1 <= self.num_targets <= train_length // 2,
             f"config.evaluation.num_targets={self.num_targets}: must be at least 1 and at most "
             f"{train_length // 2}, half the training length, which leaves the targets context",

@@ -39,14 +39,17 @@ CONFIGS = [
     ({"source": ""}, "source='' is not known"),
     ({"source": "files:"}, "names nothing"),
     ({"source": "tfds:"}, "names nothing; write for instance 'tfds:tiny_shakespeare'"),
-    ({"source": "x" * 300}, "source='x+' is no path that can be used: File name too long"),
-    ({"source": "~no_such_user/a.txt"}, "'~no_such_user/a.txt' is no path .*home directory"),
+    ({"source": "x" * 300}, "source='x+' is no path that can be used .File name too long"),
+    ({"source": "~no_such_user/a.txt"}, "source=~no_such_user/a.txt: there is no such home folder"),
     ({"source": "."}, r"is a path; write 'files:\.'"),
     ({"tokenizer": "bpe:256"}, "'bpe:256' is not 'bpe:VOCAB_SIZE' .* from 257 to"),
     ({"tokenizer": "bpe:100000000"}, "whole number from 257 to 2097152"),
     ({"tokenizer": f"words:{'1' * 5000}"}, "whole number from 3 to 2097152"),
-    ({"tokenizer": "x" * 300}, "no path that can be used: File name too long"),
-    ({"tokenizer": "~no_such_user/tokenizer.json"}, "no path .*home directory"),
+    ({"tokenizer": "x" * 300}, "no path that can be used .File name too long"),
+    (
+        {"tokenizer": "~no_such_user/tokenizer.json"},
+        "tokenizer=~no_such_user/tokenizer.json: there is no such home folder",
+    ),
     ({"tokenizer": "bpe:8k"}, "'bpe:8k' is not 'bpe:VOCAB_SIZE'"),
     ({"tokenizer": "bpe:"}, "write for instance 'bpe:8192'"),
     ({"tokenizer": "byte"}, "'byte' is neither .*did you mean 'bytes'"),
@@ -137,7 +140,7 @@ def test_no_home(monkeypatch):
 
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
-    refused(DataConfig(), "cache_dir='~/.cache' is no path .*Could not determine home directory")
+    refused(DataConfig(), "cache_dir=~/.cache: there is no such home folder")
 
 
 def test_files_are_utf8_in_any_locale(tmp_path):

@@ -13,7 +13,7 @@ def test_defaults_are_valid_at_128_tokens():
 
 
 def test_a_training_length_without_context_is_refused():
-    with pytest.raises(UserError, match="sequence_length=1: must be at least 2"):
+    with pytest.raises(UserError, match="sequence_length=1: an evaluation needs at least 2"):
         EvaluationConfig(multiples=(1,), num_targets=1).validate(1)
     EvaluationConfig(multiples=(1,), num_targets=1).validate(2)
 

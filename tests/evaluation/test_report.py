@@ -186,15 +186,17 @@ def test_a_dead_model_gets_no_praise_and_the_floors_stand_beside_it():
     assert verdict["learned"] is False and verdict["closest_ngram"] == 3
     assert verdict["holds_to"] is None and verdict["holds_factor"] is None
     assert "learned too little for a verdict" in verdict["text"] and "holds" not in verdict["text"]
-    for protocol in ("nonoverlapping", "fixed_targets"):
-        for floor, nats in zip(verdict["floors"][protocol], (4, 3, 2), strict=True):
+    of_protocols = [verdict["floors"][name] for name in ("nonoverlapping", "fixed_targets")]
+    for floors in of_protocols:
+        for floor, nats in zip(floors, (4, 3, 2), strict=True):
             assert floor["nats_per_token"] == pytest.approx(nats)
-            assert floor["bits_per_byte"] == pytest.approx(nats / math.log(2) / BYTES_PER_TOKEN)
+            bits = nats / math.log(2) / floor["bytes_per_token"]
+            assert floor["bits_per_byte"] == pytest.approx(bits)
             assert floor["change_interval"] == pytest.approx([nats - np.log(257)] * 2)
     lines = table(summary).splitlines()
     assert [line.split()[0] for line in lines[6:9]] == ["unigrams", "bigrams", "trigrams"]
-    bits = f"{2 / math.log(2) / BYTES_PER_TOKEN:.4f}"
-    assert lines[8].split()[1:3] == [bits, bits]
+    bits = [f"{floors[2]['bits_per_byte']:.4f}" for floors in of_protocols]
+    assert lines[8].split()[1:3] == bits
 
 
 def test_a_loss_of_zero_is_no_crash():

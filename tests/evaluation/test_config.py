@@ -14,8 +14,8 @@ def test_defaults_are_valid_at_128_tokens():
 
 def test_a_training_length_without_context_is_refused():
     with pytest.raises(UserError, match="sequence_length=1: an evaluation needs at least 2"):
-        EvaluationConfig(multiples=(1,), num_targets=1).validate(1)
-    EvaluationConfig(multiples=(1,), num_targets=1).validate(2)
+        EvaluationConfig(multiples=(1,), num_targets=1, overlap=2).validate(1)
+    EvaluationConfig(multiples=(1,), num_targets=1, overlap=2).validate(2)
 
 
 def test_windows_in_chunks_may_be_longer_than_what_is_computed_at_once():

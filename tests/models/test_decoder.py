@@ -269,6 +269,8 @@ def test_meshes_agree_with_one_device(sizes):
         ({"clip_qkv": -1.0}, "clip_qkv=-1.0"),
         ({"attention_scale": float("inf")}, "attention_scale=inf"),
         ({"slope_scale": -1.0}, "slope_scale=-1.0"),
+        ({"adaptive_factor": 2}, "adaptive_factor=2 is of the bands of adaptive_cutoffs"),
+        ({"adaptive_dropout": 0.1}, "adaptive_dropout=0.1 is of the bands of adaptive_cutoffs"),
         ({"slopes": (0.5,)}, "slopes has 1 values for num_heads=4"),
         ({"slopes": (0.5, 0.5, 0.5, -0.5)}, "at least 0"),
         ({"embed_dim": 15, "head_dim": 4, "position": "sinusoidal"}, "embed_dim=15 is odd"),

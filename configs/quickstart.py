@@ -24,7 +24,7 @@ def get_config() -> Config:
         ),
         data=DataConfig(source="stdlib", tokenizer="bytes", sequence_length=128, batch_size=16),
         optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),
-        training=TrainingConfig(num_steps=300, checkpoint_every=100, validate_every=150),
+        training=TrainingConfig(num_steps=500, checkpoint_every=100, validate_every=250),
         evaluation=EvaluationConfig(
             multiples=(1, 2, 4, 8, 16, 32),
             num_windows=10,

@@ -135,7 +135,8 @@ def test_16_bit_inputs_lose_no_more_than_on_one_device(small_tiles):
         ours, theirs = (
             np.sqrt(np.mean(np.square(np.float64(x) - np.float64(truth)))) for x in both
         )
-        assert 0 < ours < 1.1 * theirs
+        # That of the slopes is a float32 sum, as the truth is.
+        assert 0 < ours < max(1.1 * theirs, 1e-5 * np.abs(truth).max())
 
 
 def test_rows_that_see_nothing_are_zero_with_zero_gradients(small_tiles):

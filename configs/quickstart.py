@@ -27,7 +27,7 @@ def get_config() -> Config:
         training=TrainingConfig(num_steps=500, checkpoint_every=100, validate_every=250),
         evaluation=EvaluationConfig(
             multiples=(1, 2, 4, 8, 16, 32),
-            num_windows=10,
+            num_windows=20,
             num_targets=64,
             tokens_per_batch=4096,
         ),

@@ -94,7 +94,11 @@ def test_128k_tokens():
 
 
 def test_one_program_for_all_values():
-    run = jax.jit(chex.assert_max_traces(blockwise, n=1))
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(*args):
+        return blockwise(*args)
+
     for seed in range(3):
         run(*inputs(seed, length=20))
 

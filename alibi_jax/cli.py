@@ -36,20 +36,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     print_anything()
     try:
-        code = _run(words)
-        sys.stdout.flush()
-        return code
-    except UserError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
-        return STOPPED
+        return _run(words)
     except BrokenPipeError:
         return unread()
 
 
 def _run(words: list[str]) -> int:
+    try:
+        code = _command(words)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr, flush=True)
+        return STOPPED
+
+
+def _command(words: list[str]) -> int:
     if not words or words[0] in ("--help", "-h"):
         print(usage())
         return 0

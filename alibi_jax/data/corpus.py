@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import itertools
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from alibi_jax.data.config import DataConfig, trained_tokenizer
-from alibi_jax.data.documents import SPLITS, bounded_pieces
+from alibi_jax.data.documents import PIECE_LENGTH, SPLITS, bounded_pieces
 from alibi_jax.data.sources import Source, open_source
 from alibi_jax.data.tokenizers import (
     ByteTokenizer,
@@ -33,7 +32,8 @@ from alibi_jax.files import given_path
 FORMAT = 1  # of how text becomes tokens; part of what identifies a corpus, and so of every run
 _LAYOUT = 2  # of the cached files
 _WIDE = np.dtype(np.uint32)  # of bytes per token, while their largest is not known
-_PIECES_AT_ONCE = 256  # of documents.PIECE_LENGTH characters: bounds the memory of tokenizing
+_AT_ONCE = 1 << 20  # characters tokenized at once, or one piece: about 100 bytes of memory each
+_LONGEST = 2 * PIECE_LENGTH  # characters: a word of more is no word, and merging in it is slow
 
 _log = logging.getLogger(__name__)
 
@@ -136,10 +136,11 @@ def _load_tokenizer(config: DataConfig, source: Source, cache: pathlib.Path) -> 
             return load_tokenizer_file(path)
         _remove_damaged(directory)
     texts = (
-        piece
+        piece[start : start + _LONGEST]
         for split, document in source.read()
         if split == "train"
         for piece in bounded_pieces(document, lambda before, after: True)
+        for start in range(0, len(piece), _LONGEST)
     )
     with _written_whole(directory) as unfinished:
         kind, vocab_size = trained
@@ -198,7 +199,7 @@ def _tokenize(source: Source, tokenizer: Tokenizer, directory: pathlib.Path) -> 
             for split, document in source.read()
             for number, piece in enumerate(bounded_pieces(document, tokenizer.may_cut))
         )
-        while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        for batch in _batches(pieces):
             encoded = tokenizer.encode_with_ends([piece for _, piece, _ in batch])
             for (split, piece, is_first), (ids, ends) in zip(batch, encoded, strict=True):
                 num_bytes = len(piece.encode())
@@ -218,6 +219,19 @@ def _tokenize(source: Source, tokenizer: Tokenizer, directory: pathlib.Path) -> 
         np.save(directory / f"{split}.offsets.npy", np.array(writer.offsets, np.int64))
         _narrow(directory / f"{split}.bytes", meta[split]["bytes_dtype"])
     (directory / "meta.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def _batches(pieces: Iterator[tuple[str, str, bool]]) -> Iterator[list[tuple[str, str, bool]]]:
+    """Yield pieces, each with its split and whether it is a document's first, a few at a time."""
+    batch, length = [], 0
+    for entry in pieces:
+        batch.append(entry)
+        length += len(entry[1])
+        if length >= _AT_ONCE:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
 
 
 class _SplitWriter:

@@ -94,7 +94,7 @@ def _expand(pattern: str) -> Iterator[str]:
     at = parts.index("**")
     tail = parts[at + 1 :] or ("*",)
     for root in glob.glob(str(pathlib.Path(*parts[:at]))):  # noqa: PTH207
-        for folder in _folders(root):
+        for folder in _folders(root) if pathlib.Path(root).is_dir() else ():
             yield from _expand(str(pathlib.Path(glob.escape(folder), *tail)))
 
 

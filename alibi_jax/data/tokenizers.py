@@ -132,7 +132,10 @@ class SubwordTokenizer:
             before: The characters before the cut, as many as its words can depend on.
             after: Those after it.
         """
-        whole, left, right = self._encodings([before + after, before, after])
+        try:
+            whole, left, right = self._encodings([before + after, before, after])
+        except UserError:  # half a word, at an end of what is given here, need not have a token
+            return False
         cut = len(left.ids)
         shifted = [(start + len(before), stop + len(before)) for start, stop in right.offsets]
         return (

@@ -86,8 +86,7 @@ def summarize(
     counts = np.zeros((0, 0))
     if evaluations:
         summary |= _shared(evaluations) | {"floors": _floors(evaluations)}
-        # Which earlier versions do not know.
-        summary |= {name: evaluations[0].get(name) for name in ("num_copies", "training_overlap")}
+        summary |= {name: evaluations[0][name] for name in ("num_copies", "training_overlap")}
         num_bootstrap = evaluations[0]["config"]["evaluation"]["num_bootstrap"]
         counts = resamples(summary["num_documents"], num_bootstrap)
     scores = {key: _Scores(evaluation) for key, evaluation in finished.items()}
@@ -128,15 +127,11 @@ def _shared(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _floors(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """What n-grams make of the tokens of each protocol: the same in every run.
-
-    Evaluations of earlier versions have none.
-    """
+    """What n-grams make of the tokens of each protocol: the same in every run."""
     names = ("n", "nats_per_token", "interval", "bits_per_byte", "perplexity")
-    known = [one["verdict"]["floors"] for one in evaluations if "floors" in one["verdict"]]
-    floors = known[0] if known else {}
+    floors = evaluations[0]["verdict"]["floors"]
     return {
-        protocol: [{name: floor[name] for name in names} for floor in floors.get(protocol, ())]
+        protocol: [{name: floor[name] for name in names} for floor in floors[protocol]]
         for protocol in PROTOCOLS
     }
 

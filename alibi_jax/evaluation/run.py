@@ -117,7 +117,7 @@ def evaluate_run(
     require(
         corpus.fingerprint == stream["corpus"],
         f"--workdir={directory} holds a run on other text than config.data.source="
-        f"{config.data.source!r} has now: {advice}",
+        f"{config.data.source!r} has now, or of a version that tokenized it otherwise: {advice}",
     )
     held_out = getattr(corpus, config.evaluation.split)
     checkpoints = directory / workdir.CHECKPOINTS

@@ -290,8 +290,9 @@ def _leave_decay(checkpoints: Path, config: Config) -> list[str]:
         start = config.optimizer.decay_start(num_steps) or 0
         if num_steps != config.training.num_steps and step > start:
             decayed[step] = start
+    sound = [step for step, about in found.items() if about and step not in decayed]
     require(
-        len(decayed) < len(found) or not found,
+        bool(sound) or not decayed,
         f"the learning rate of {checkpoints.parent} has decayed from step "
         f"{min(decayed.values(), default=0)} on, and no checkpoint from before is left to go on "
         "from: give config.training.num_steps as it was, or another --workdir",
@@ -320,9 +321,10 @@ def _learning_rate_jump(config: Config, restored: checkpoint.Restored) -> str | 
         )
     if math.isclose(old, new, rel_tol=1e-5):
         return None
+    advice = "; a longer run of config.optimizer.schedule=wsd goes on without a jump"
     return (
         f"learning rate at step {restored.step}: {old:.3g} under num_steps={before}, {new:.3g} "
-        f"under num_steps={now}; a run of config.optimizer.schedule=wsd goes on without a jump"
+        f"under num_steps={now}{'' if config.optimizer.schedule == 'wsd' else advice}"
     )
 
 

@@ -15,7 +15,7 @@ import zstandard
 from alibi_jax.data import DataConfig, corpus, documents, load_corpus
 from alibi_jax.data.documents import SPLITS
 from alibi_jax.data.sources import open_source
-from alibi_jax.data.tokenizers import ByteTokenizer
+from alibi_jax.data.tokenizers import ByteTokenizer, train_bpe
 from alibi_jax.errors import UserError
 
 TEXTS = {
@@ -198,6 +198,22 @@ def test_damaged_cache_is_made_again(jsonl, tmp_path, caplog, name, damage):
     assert texts_of(load_corpus(jsonl)) == expected
     assert "made again" in caplog.text
     assert list(directory.parent.iterdir()) == [directory]
+
+
+def test_no_tokenizer_is_trained_on_words_without_end(tmp_path, monkeypatch):
+    """Merging within one takes time that grows with its square."""
+    (tmp_path / "genome.txt").write_text("ACGT" * 20_000)
+    longest = []
+
+    def train(texts, vocab_size, path):
+        pieces = list(texts)
+        longest.append(max(map(len, pieces)))
+        train_bpe(iter(pieces), vocab_size, path)
+
+    monkeypatch.setattr(corpus, "train_bpe", train)
+    loaded = load_corpus(config(tmp_path, source=f"files:{tmp_path}/*.txt", tokenizer="bpe:261"))
+    assert longest[0] <= 2 * documents.PIECE_LENGTH
+    assert "".join(sum(texts_of(loaded).values(), [])) == "ACGT" * 20_000
 
 
 def test_damaged_trained_tokenizer_is_trained_again(jsonl, tmp_path):

@@ -146,3 +146,16 @@ def test_ends_counted_by_hand(tokenizer_of_ends):
     assert next(words.encode_with_ends([text])).ends.tolist() == [3, 6, 7]
     # Three of the four bytes of a character that no merge knows stand for nothing more.
     assert next(bpe.encode_with_ends(["𝄞"])).ends.tolist() == [4, 4, 4, 4]
+
+
+def test_half_a_word_that_has_no_token_refuses_no_text(tmp_path):
+    """Cuts are tried on some characters about them, which begin and end within words."""
+    words = ["alpha", "beta", "gamma", "delta", "epsilon", "</s>"]
+    tokenizer = tokenizers.Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer_file(tmp_path / "tokenizer.json")
+    text = " ".join(random.Random(0).choices(words[:-1], k=3000))
+    pieces = list(documents.bounded_pieces([text], loaded.may_cut))
+    assert "".join(pieces) == text
+    assert sum(len(ids) for ids, _ in loaded.encode_with_ends(pieces)) == 3000

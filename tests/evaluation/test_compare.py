@@ -342,13 +342,15 @@ def test_directories_of_something_else(folder, tmp_path, performed, name, text, 
 
 
 def test_a_comparison_of_before_a_field_was_there(folder, tmp_path, performed):
+    """Other methods could begin from other parameters than those that are there."""
     assert compare.main(arguments(folder, tmp_path)) == 0
     path = tmp_path / "arguments.json"
     record = json.loads(path.read_text())
     for config in record["methods"].values():
-        del config["training"]["keep_best"], config["evaluation"]["overlap"]
+        del config["training"]["keep_best"]
     path.write_text(json.dumps(record))
-    assert compare.main(arguments(folder, tmp_path)) == 0
+    with pytest.raises(UserError, match="keep_best=None, this one has False: choose another"):
+        compare.main(arguments(folder, tmp_path))
 
 
 def test_methods_start_from_the_same_parameters(folder):

@@ -147,18 +147,6 @@ def test_a_method_that_learned_too_little_is_not_judged():
     assert {"unigrams", "bigrams", "trigrams"} <= labels
 
 
-def test_runs_of_an_earlier_version_have_no_floors(tmp_path):
-    runs = planted()
-    for one in runs.values():
-        for name in ("floors", "learned", "closest_ngram"):
-            del one.evaluation["verdict"][name]
-    comparison = summarize(METHODS, (0, 1, 2), runs)
-    verdict = comparison["methods"][1]["verdict"]
-    assert verdict["holds_to"] == 64 and verdict["learned"] is None
-    assert "grams" not in comparison_table(comparison).partition("## What the numbers are")[0]
-    comparison_figure(comparison, tmp_path / "figure.png")
-
-
 # Changes at 32 tokens by seed and by document, in nats of about 3: an interval that contains +1%.
 SEEDS_DIFFER = ([-0.02, 0, 0.07], np.zeros(6))
 DOCUMENTS_DIFFER = ([0, 0, 0], np.array([0.3, -0.3, 0.3, -0.3, 0.3, -0.3]))

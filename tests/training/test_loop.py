@@ -304,6 +304,19 @@ def test_extending_without_a_checkpoint_from_before(make_run, changed):
     assert run.saved == [8]
 
 
+def test_a_damaged_checkpoint_is_none_to_extend_from(make_run, changed):
+    run = make_run(keep_checkpoints=1, validate_every=0)
+    run.config = changed(run.config, optimizer=WSD)
+    run.train()
+    for path in (run.folder / "checkpoints" / "6").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    run.config = changed(run.config, training={"num_steps": 12})
+    with pytest.raises(UserError, match="decayed from step 6 on, and no checkpoint from before"):
+        run.train()
+    assert 8 in run.saved
+
+
 @pytest.mark.parametrize(
     ("schedule", "rate"), [("linear", "0.508"), ("cosine", "0.458"), ("constant", None)]
 )

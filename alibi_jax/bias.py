@@ -221,7 +221,7 @@ def horizon(
         raise ValueError(f"length must be at least 1, got {length}")
     length = jnp.asarray(length)
     check_integer("length", length)
-    length = length.astype(jnp.int32)
+    length = as_int32_limit(length)
     total = slopes * length.astype(jnp.float32)
     log_near = jnp.log(-jnp.expm1(-total))  # log(1 - e^(-mL))
     log_odds = log_c + total + log_near  # log(c (e^(mL) - 1))
@@ -274,3 +274,13 @@ def check_integer(name: str, values: Array, *, or_floating: bool = False) -> Non
         raise TypeError(f"{name} must be integers, got {values.dtype}")
     if not jnp.issubdtype(values.dtype, jnp.floating):
         raise TypeError(f"{name} must be integers or floating coordinates, got {values.dtype}")
+
+
+def as_int32_limit(values: Array) -> Int[Array, "..."]:
+    """Return integers as i32: those beyond its range as the nearest in it, so that none wraps."""
+    limits = jnp.iinfo(values.dtype)
+    if limits.max > NEVER:
+        values = jnp.minimum(values, jnp.asarray(NEVER, values.dtype))
+    if limits.min < -NEVER:
+        values = jnp.maximum(values, jnp.asarray(-NEVER, values.dtype))
+    return values.astype(jnp.int32)

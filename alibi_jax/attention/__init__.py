@@ -16,7 +16,7 @@ from alibi_jax.attention.derivatives import ADVICE
 from alibi_jax.attention.devices import per_device
 from alibi_jax.attention.nonfinite import as_nan_keys
 from alibi_jax.attention.placement import length_is_sharded, whole_length
-from alibi_jax.bias import check_integer, is_known
+from alibi_jax.bias import as_int32_limit, check_integer, is_known
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -56,8 +56,9 @@ def attention(
 
     What a query does not see does not matter to it, NaN and infinity included, and what it sees
     does: one key or value that is not finite makes NaN of the whole row of output, and of every
-    gradient that the row has a part in, however far away it is. (With "dense" a cotangent that is
-    not finite, of a row that is, also reaches the values that the row does not see.)
+    gradient that the row has a part in, however far away it is. (With "dense" two things reach
+    further: a cotangent that is not finite, of a row that is, the values that the row does not see,
+    and in forward mode such a tangent of a key or value the rows that do not see it.)
 
     Differentiable in `query`, `key`, `value` and `slopes` (or the arrays of another bias). The
     implementations that go by tiles have `jax.grad`, and `jax.jvp` of that; "dense" has all orders
@@ -187,11 +188,7 @@ def attention(
 
 
 # One program for each shape, also where `attention` is called outside of jit.
-@partial(
-    jax.jit,
-    static_argnames=("name", "causal", "tolerance", "fixed_scale", "constants"),
-    inline=True,
-)
+@partial(jax.jit, static_argnames=("name", "causal", "tolerance", "fixed_scale", "constants"))
 def _attend(
     query: Query,
     key: Key,
@@ -311,7 +308,7 @@ def _window(window: Any) -> Array | None:
     check_integer("window", window)
     if window.shape != ():
         raise ValueError(f"window must be a scalar, got the shape {window.shape}")
-    return jnp.asarray(window).astype(jnp.int32)
+    return as_int32_limit(jnp.asarray(window))
 
 
 def _pair(name: str, of_query: Any, of_key: Any, length: int, key_length: int) -> tuple[Any, Any]:

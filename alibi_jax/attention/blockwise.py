@@ -203,7 +203,7 @@ def _attend_backward(plan, kept, cotangent):
 _attend.defvjp(_attend_forward, _attend_backward, symbolic_zeros=True)
 
 
-@partial(jax.jit, static_argnames=("plan", "of_bias"), inline=True)  # for an eager `jax.grad`
+@partial(jax.jit, static_argnames=("plan", "of_bias"))  # for an eager `jax.grad`
 def _backward(plan, inputs, output, stats, cotangent, *, of_bias):
     """Return the gradients of query, key, value, bias and scale, all of them wide."""
     query, key, value, bias, scale, tokens, ranges = inputs

@@ -76,6 +76,7 @@ EXACT = jax.lax.Precision.HIGHEST  # float32 products would be of 16 bits on a T
 # by several units, and weights by as many powers of e.
 SLACK = 1e-3
 ROUNDING = 3e-5  # twice what float32 sums of 256 products can be off by, of the norms
+LEAST = 1e-30  # of norms, whose products with an infinite one must not be NaN
 
 
 class Plan(NamedTuple):
@@ -191,24 +192,24 @@ def key_ranges(
     )
     if segment_ids is not None and key_segment_ids is not None:
         visible &= _meet(of_any(_limits(segment_ids, length)), (key_segment_ids, key_segment_ids))
-    visible = visible.swapaxes(1, 2)[..., None]  # [B, S, 1, 1]
-    keys = jnp.where(visible, key.astype(dtype), 0.0)
+    visible = visible.swapaxes(1, 2)  # [B, S, 1]
+    wide = key.astype(dtype)
+    norms = jnp.linalg.norm(wide, axis=-1)
     # Those that are not finite must be met by all who see them, and are no part of the mean.
-    norms = jnp.linalg.norm(keys, axis=-1, keepdims=True)
     bounded = jnp.isfinite(norms)
     if value is not None:
-        bounded &= finite_rows(value)[..., None]
-    keys, counted = jnp.where(bounded, keys, 0.0), visible & bounded
-    total, count = keys.sum(axis=1), counted.sum(axis=1, dtype=dtype)
-    loudest = jnp.where(bounded, norms, 0.0)[..., 0].max(axis=1)
+        bounded &= finite_rows(value)
+    counted = visible & bounded
+    total = jnp.where(counted[..., None], wide, 0.0).sum(axis=1)
+    count = counted.sum(axis=1, dtype=dtype)
+    loudest = jnp.where(counted, norms, 0.0).max(axis=1)
     if axis is not None:
         total, count = jax.lax.psum((total, count), axis)
         loudest = jax.lax.pmax(loudest, axis)
-    center = total / jnp.maximum(count, 1.0)
-    deviation = jnp.linalg.norm(keys - center[:, None], axis=-1, keepdims=True)
-    deviation = jnp.where(visible, jnp.where(bounded, deviation, jnp.inf), 0.0)
-    deviation = deviation[..., 0].swapaxes(1, 2)
-    largest = of_all(_tiles(deviation, key_tile).max(axis=-1))
+    center = total / jnp.maximum(count, 1.0)[..., None]
+    deviation = jnp.linalg.norm(wide - center[:, None], axis=-1)
+    deviation = jnp.where(counted, deviation, jnp.where(visible, jnp.inf, 0.0)).swapaxes(1, 2)
+    largest = of_all(jnp.maximum(_tiles(deviation, key_tile).max(axis=-1), LEAST))
     position_limits = [of_all(x) for x in _limits(from_query, key_tile)]
     segment_limits = None
     if key_segment_ids is not None:
@@ -260,7 +261,7 @@ def key_ranges(
             lambda x: x[b, :, h], (bias.parts.queries, bias.parts.keys)
         )
 
-        norms = _or_infinite(jnp.linalg.norm(q, axis=1))
+        norms = jnp.maximum(_or_infinite(jnp.linalg.norm(q, axis=1)), LEAST)
         shift = jnp.matmul(q, center[b, h // group], precision=EXACT)
         near_bias = partial(bias.at, of_head)
         near = _near(
@@ -280,7 +281,7 @@ def key_ranges(
         # max over i of |q_i| K_J - L_i, [nT, nS]
         norms, below = (_tiles(x, query_tile) for x in (norms, below))
         content = (1 + ROUNDING) * norms[:, :, None] * largest[b, h // group][None, None]
-        content = jnp.max(_or_infinite(content - below[:, :, None]), axis=1)
+        content = jnp.max(content - below[:, :, None], axis=1)
 
         of_queries = jax.tree.map(partial(_tiles, tile=query_tile), of_queries)
         of_keys = jax.tree.map(partial(_tiles, tile=key_tile), of_keys)

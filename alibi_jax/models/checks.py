@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from alibi_jax.bias import check_integer, is_known
+from alibi_jax.bias import as_int32_limit, check_integer, is_known
 from alibi_jax.typing import Array, Tokens
 
 
@@ -27,12 +27,14 @@ def as_window(window: Any) -> Array | None:
     """A window as an array i32[], or None; raises ValueError if it is not at least 1."""
     if window is None:
         return None
+    if jnp.shape(window) != ():
+        raise ValueError(f"window must be a scalar, got the shape {jnp.shape(window)}")
     known = values_of(window)
-    if known is not None and (known.shape != () or not 1 <= known < 2**31):
+    if known is not None and not 1 <= known < 2**31:
         raise ValueError(f"window must be an integer from 1 to 2^31 - 1, or None; got {window}")
     window = jnp.asarray(window)
     check_integer("window", window)
-    return window.astype(jnp.int32)
+    return as_int32_limit(window)
 
 
 def values_of(x: Any) -> np.ndarray | None:

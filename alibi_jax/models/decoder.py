@@ -154,7 +154,7 @@ class Decoder(nnx.Module):
           Cross-entropy in nats, f32[B, T], and the log-normaliser of the logits (with adaptive
           cutoffs, of the head's), f32[B, T].
         """
-        targets = self._ids("targets", targets)
+        tokens, targets = self._pair(tokens, targets)
         key, end_key = (None, None) if key is None else jax.random.split(key)
         hidden = self.hidden(
             tokens, segment_ids=segment_ids, positions=positions, key=key, window=window
@@ -173,6 +173,15 @@ class Decoder(nnx.Module):
     def _ids(self, name: str, ids: Tokens) -> Tokens:
         assert self.config.vocab_size is not None
         return as_ids(name, ids, self.config.vocab_size)
+
+    def _pair(self, tokens: Tokens, targets: Tokens) -> tuple[Tokens, Tokens]:
+        tokens, targets = self._ids("tokens", tokens), self._ids("targets", targets)
+        if targets.shape != tokens.shape:
+            raise ValueError(
+                f"targets must have the shape of the tokens, one for each, {tokens.shape}; got "
+                f"{targets.shape}"
+            )
+        return tokens, targets
 
     def _in_vocabulary(self, ids: Tokens) -> Array:
         assert self.config.vocab_size is not None
@@ -248,7 +257,7 @@ class Decoder(nnx.Module):
         Returns:
           Cross-entropy in nats and log-normaliser, f32[B, C] each, and the cache with the tokens.
         """
-        targets = self._ids("targets", targets)
+        tokens, targets = self._pair(tokens, targets)
         hidden, cache = self.chunk_hidden(tokens, cache, window=window)
         return self._losses(hidden, targets, None), cache
 
@@ -260,6 +269,9 @@ class Decoder(nnx.Module):
         For `logits`, say of the last one. The arguments are those of `chunk_losses`.
         """
         tokens, filled = self._ids("tokens", tokens), values_of(cache.filled)
+        rows = cache.key.shape[1]
+        if tokens.shape[0] != rows:
+            raise ValueError(f"the cache is for {rows} rows, got {tokens.shape[0]}")
         held = 0 if filled is None else int(filled)
         if held + tokens.shape[1] > cache.length:
             raise ValueError(

@@ -148,6 +148,15 @@ def test_windows_of_any_kind_of_integer_inside_and_outside_of_jit(attend, make):
     close(jax.jit(lambda w, *x: attend(*x, window=w))(make(2), *args), exact)
 
 
+def test_windows_of_64_bits_do_not_wrap():
+    args = inputs(length=12)
+    with jax.enable_x64(True):
+        run = jax.jit(lambda w, *x: attention(*x, window=w))
+        for window in (2**31, 2**32 + 1, 2**62):
+            close(run(np.int64(window), *args), naive_attention(*args))
+        assert np.isnan(run(np.int64(5 - 2**32), *args)).all()
+
+
 @by_tiles
 @pytest.mark.parametrize("window", [0, -3])
 def test_windows_that_hide_everything_are_refused_or_nan(attend, window):
@@ -186,6 +195,7 @@ def test_eager_calls_compile_once_for_a_shape(attend):
             for scale, window in ((0.5, 3), (0.25, 7)):
                 attend(*args, m, scale=scale, window=window, segment_ids=segments)
             jax.grad(total)(args, m)
+            jax.grad(jax.checkpoint(lambda *x: total(x, m)))(*args)
     assert count() == 0
 
 

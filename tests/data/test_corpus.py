@@ -213,7 +213,7 @@ def test_no_tokenizer_is_trained_on_words_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "train_bpe", train)
     loaded = load_corpus(config(tmp_path, source=f"files:{tmp_path}/*.txt", tokenizer="bpe:261"))
     assert longest[0] <= 2 * documents.PIECE_LENGTH
-    assert "".join(sum(texts_of(loaded).values(), [])) == "ACGT" * 20_000
+    assert "".join(text for texts in texts_of(loaded).values() for text in texts) == "ACGT" * 20_000
 
 
 def test_damaged_trained_tokenizer_is_trained_again(jsonl, tmp_path):

@@ -73,8 +73,9 @@ def test_tokens_outside_the_vocabulary_are_loud(config, wrong):
     with pytest.raises(ValueError, match=f"targets must be from 0 to 22, .*; got {wrong}"):
         model.token_losses(TOKENS, jnp.asarray(targets))
     found = np.isnan(jax.jit(losses)(model, tokens, targets))
-    assert found[1, 3:].all()  # those that see the token
-    np.testing.assert_array_equal(found[[0, 2, 3]], np.arange(24).reshape(3, 8) == 8 + 5)
+    see = np.zeros((4, 8), bool)
+    see[1, 3:] = see[2, 5] = True
+    np.testing.assert_array_equal(found, see)
 
 
 def test_a_cache_that_is_full_is_loud():
@@ -85,14 +86,17 @@ def test_a_cache_that_is_full_is_loud():
         model.chunk_hidden(TOKENS[:, 4:], cache)
     hidden, _ = jax.jit(type(model).chunk_hidden)(model, TOKENS[:, 4:], cache)
     assert np.isnan(hidden).all()
+    with pytest.raises(ValueError, match="the cache is for 3 rows, got 4"):
+        model.chunk_hidden(TOKENS[:, :4], model.init_cache(3, 6))
 
 
 @pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"window": jnp.int32(0)}, "window must be an integer from 1"),
-        ({"window": np.array([2])}, "window must be an integer from 1"),
+        ({"window": np.array([2])}, "window must be a scalar, got the shape \\(1,\\)"),
         ({"tokens": TOKENS[0]}, "tokens must be \\[batch, length\\]"),
+        ({"targets": TARGETS.T}, "targets must have the shape of the tokens, .*; got \\(8, 4\\)"),
     ],
 )
 def test_wrong_calls_say_why(given, words):

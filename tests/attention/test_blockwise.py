@@ -183,6 +183,6 @@ def test_positions_that_wrap_round(causal):
 def test_accelerators_are_told_to_multiply_in_float32():
     """Left to themselves they round float32 factors to 16 bits: no CPU would show it."""
     run = jax.jit(lambda *x: jax.vjp(blockwise, *x)[1](x[0]))
-    text = run.trace(*inputs(length=40)).lower(lowering_platforms=("tpu",)).as_text()
+    text = run.trace(*inputs(length=1100)).lower(lowering_platforms=("tpu",)).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert len(products) >= 8 and all("HIGHEST, HIGHEST" in line for line in products)

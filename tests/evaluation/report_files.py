@@ -117,6 +117,8 @@ def evaluated(directory, position="alibi", growth=0.0, **model):
         "recall": {**task, "entries": [entry for entry in needle if entry["depth"] == 0.5]},
     }
     whole["verdict"] = {
+        "floors": whole["verdict"]["floors"],
+        "learned": True,
         "text": "Holds to 64 tokens [32, 64] (paired, within 1%).",
         "warning": "nonoverlapping windows alone would mislead: at 64 tokens.",
         "details": "The loss holds to 64 tokens.",

@@ -252,7 +252,9 @@ def test_other_text(tmp_path, monkeypatch, source, overrides, words):
     stream = {"corpus": "this one"}
     workdir.claim(tmp_path, override(Config(), {"data.source": source}), stream)
     monkeypatch.setattr(run.data, "load_corpus", lambda _: SimpleNamespace(fingerprint="another"))
-    with pytest.raises(UserError, match=f"holds a run on other text than .* has now: .*{words}"):
+    with pytest.raises(
+        UserError, match=f"holds a run on other text than .* has now, .*: .*{words}"
+    ):
         evaluate_run(tmp_path, overrides=overrides)
 
 

@@ -211,10 +211,10 @@ def _check_same_run(workdir: Path, there: dict[str, Any], now: dict[str, Any]) -
             )
     for name, value in now["stream"].items():
         if there["stream"].get(name) != value:
+            version = ", or the version that tokenized it so," if name == "corpus" else ""
             raise UserError(
-                f"--workdir={workdir} holds a run on other data ({name} differs), or of a version "
-                "that tokenized it otherwise: choose another directory, or bring back the data and "
-                "the version to resume"
+                f"--workdir={workdir} holds a run on other data ({name} differs): choose another "
+                f"directory, or bring back the data it was trained on{version} to resume"
             )
 
 

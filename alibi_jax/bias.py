@@ -6,6 +6,7 @@ logit, after the 1/sqrt(D) scale (footnote 10), one thing: `-slope * distance`. 
 
 import math
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -284,3 +285,29 @@ def as_int32_limit(values: Array) -> Int[Array, "..."]:
     if limits.min < -NEVER:
         values = jnp.maximum(values, jnp.asarray(-NEVER, values.dtype))
     return values.astype(jnp.int32)
+
+
+def as_window(window: Any) -> Int[Array, ""] | None:
+    """Return a window as i32, or None for None; what is too large becomes the largest.
+
+    Raises:
+      TypeError: it is no integer.
+      ValueError: it is no scalar, or known and not from 1 to 2^31 - 1.
+    """
+    if window is None:
+        return None
+    if jnp.shape(window) != ():
+        raise ValueError(f"window must be a scalar, got the shape {jnp.shape(window)}")
+    known = values_of(window)
+    if known is not None and not 1 <= known < 2**31:
+        raise ValueError(f"window must be an integer from 1 to 2^31 - 1, or None; got {window}")
+    window = jnp.asarray(window)
+    check_integer("window", window)
+    return as_int32_limit(window)
+
+
+def values_of(x: Any) -> np.ndarray | None:
+    """Return the values of x; None if it is traced, or in part on devices of other processes."""
+    if not is_known(x) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)

@@ -14,9 +14,8 @@ from alibi_jax.attention.biases import Bias, LinearBias, PrefixBias, as_bias, be
 from alibi_jax.attention.case import Case
 from alibi_jax.attention.derivatives import ADVICE
 from alibi_jax.attention.devices import per_device
-from alibi_jax.attention.nonfinite import as_nan_keys
 from alibi_jax.attention.placement import length_is_sharded, whole_length
-from alibi_jax.bias import as_int32_limit, check_integer, is_known
+from alibi_jax.bias import as_window, check_integer, is_known
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -119,7 +118,7 @@ def attention(
     batch, length, heads, head_dim = query.shape
 
     bias = as_bias(slopes, query.dtype, batch, heads, (length, key.shape[1]))
-    window = _window(window)
+    window = as_window(window)
     if not isinstance(causal, bool | np.bool_):
         raise TypeError(f"causal must be True or False, got {causal!r}")
     if scale is None:
@@ -214,8 +213,6 @@ def _attend(
         # One that was not known could not be refused: with NaN it does not pass for an answer.
         scale = jnp.where(window >= 1, scale, jnp.nan)
         window = jnp.maximum(window, 1)
-    if name != "blockwise":  # which does it tile by tile, and needs no copy
-        key, value = as_nan_keys(key, value)
     chosen = choice.IMPLEMENTATIONS[name]
     attend = partial(chosen.attend, causal=causal, tolerance=tolerance)
     if name == "dense":
@@ -294,21 +291,6 @@ def _segments(
         _per_token("segment_ids", segment_ids, (batch, length)),
         _per_token("key_segment_ids", key_segment_ids, (batch, key_length)),
     )
-
-
-def _window(window: Any) -> Array | None:
-    """Check a window, as a scalar i32, or None."""
-    if window is None:
-        return None
-    if is_known(window):
-        # In NumPy: what is computed of JAX's arrays inside jit is no longer known.
-        window = np.asarray(window)
-        if window.shape != () or not 1 <= window < 2**31:
-            raise ValueError(f"window must be an integer from 1 to 2^31 - 1, or None; got {window}")
-    check_integer("window", window)
-    if window.shape != ():
-        raise ValueError(f"window must be a scalar, got the shape {window.shape}")
-    return as_int32_limit(jnp.asarray(window))
 
 
 def _pair(name: str, of_query: Any, of_key: Any, length: int, key_length: int) -> tuple[Any, Any]:

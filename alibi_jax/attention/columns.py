@@ -34,7 +34,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from jaxtyping import Bool, Float
 
 from alibi_jax.attention.case import Case, refusal_beyond_slopes
-from alibi_jax.attention.nonfinite import finite, finite_rows
+from alibi_jax.attention.nonfinite import as_nan_keys, finite, finite_rows
 from alibi_jax.typing import (
     Attended,
     Key,
@@ -160,7 +160,8 @@ def cudnn(
     """
     del causal, key_segment_ids, tolerance
     tokens = query_positions, key_positions, segment_ids
-    return _causal(partial(_cudnn, float(scale)), query, key, value, slopes, tokens)
+    kernel = partial(_cudnn, float(scale))
+    return _causal(kernel, query, *as_nan_keys(key, value), slopes, tokens)
 
 
 def _cudnn(scale, query, key, value, slopes, tokens):
@@ -224,7 +225,7 @@ def splash(
     del causal, key_segment_ids, tolerance
     query = (query.astype(jnp.float32) * jnp.asarray(scale, jnp.float32)).astype(query.dtype)
     tokens = query_positions, key_positions, segment_ids
-    return _causal(_splash, query, key, value, slopes, tokens)
+    return _causal(_splash, query, *as_nan_keys(key, value), slopes, tokens)
 
 
 def _splash(query, key, value, slopes, tokens):

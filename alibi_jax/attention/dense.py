@@ -56,8 +56,9 @@ def dense(
     placed = jax.typeof(keys).sharding
     rows = rows.reshape(batch, key_heads, group * length, head_dim, out_sharding=placed)
     # In a product a NaN would reach what a mask hides: see `alibi_jax.attention.nonfinite`.
-    known = finite_rows(rows)[:, :, :, None] & finite_rows(keys)[:, :, None, :]
-    rows, keys = (replaced(x, ~jnp.isfinite(x), 0.0) for x in (rows, keys))
+    fine_keys = finite_rows(keys) & finite_rows(values)
+    known = finite_rows(rows)[:, :, :, None] & fine_keys[:, :, None, :]
+    rows, keys, values = (replaced(x, ~jnp.isfinite(x), 0.0) for x in (rows, keys, values))
     logits = jnp.einsum("bkrd,bksd->bkrs", rows, keys, preferred_element_type=dtype)
     logits += jnp.where(known, jnp.zeros((), dtype), jnp.nan)
     logits = logits.reshape(batch, key_heads, group, length, -1).reshape(batch, heads, length, -1)

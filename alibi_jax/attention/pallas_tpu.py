@@ -30,7 +30,7 @@ from alibi_jax.attention.biases import LinearBias
 from alibi_jax.attention.case import Case, refusal_beyond_slopes
 from alibi_jax.attention.context import Passes, ring_attention
 from alibi_jax.attention.derivatives import only_once
-from alibi_jax.attention.nonfinite import as_nan_rows, finite, finite_for_gradients
+from alibi_jax.attention.nonfinite import as_nan_keys, as_nan_rows, finite, finite_for_gradients
 from alibi_jax.attention.tiles import SLACK, Plan, Stats, Tokens, key_ranges
 from alibi_jax.bias import distance_bias
 from alibi_jax.typing import (
@@ -97,6 +97,7 @@ def pallas_tpu(
     Products multiply in the inputs' dtype, float32 without rounding to bfloat16; all else is
     float32. In a `jax.shard_map` of your own, say `check_vma=False`.
     """
+    key, value = as_nan_keys(key, value)
     length, key_length = query.shape[1], key.shape[1]
     plan = Plan(
         causal,
@@ -194,7 +195,7 @@ def _values(plan, inputs, dtype):
 
 
 # jit, or an eager `jax.grad` would compile the kernels anew each time.
-@partial(jax.jit, static_argnames=("plan", "dtype", "of_bias"), inline=True)
+@partial(jax.jit, static_argnames=("plan", "dtype", "of_bias"))
 def _gradients(plan, inputs, output, stats, cotangent, dtype, *, of_bias):
     """Return the gradients of query, key and value in a dtype, and of the numbers."""
     inputs, output, stats, cotangent = only_once((inputs, output, stats, cotangent))

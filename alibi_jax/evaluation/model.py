@@ -66,22 +66,12 @@ def _steps(directory: Path, step: int | None) -> list[int]:
     return [step]
 
 
-@jax.jit
-def _whole_losses(decoder: Decoder, tokens: jax.Array, window: jax.Array | None) -> jax.Array:
-    return decoder.token_losses(tokens[:, :-1], tokens[:, 1:], window=window)[0]
-
-
 @partial(jax.jit, donate_argnames="cache")
 def _chunk_losses(
     decoder: Decoder, tokens: jax.Array, cache: Cache, window: jax.Array | None
 ) -> tuple[jax.Array, Cache]:
     losses, cache = decoder.chunk_losses(tokens[:, :-1], tokens[:, 1:], cache, window=window)
     return losses[0], cache
-
-
-@partial(jax.jit, static_argnames="count")
-def _whole_logits(decoder: Decoder, tokens: jax.Array, count: int) -> jax.Array:
-    return decoder.logits(decoder.hidden(tokens)[:, -count:])
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -103,7 +93,8 @@ def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:
         limit = None if window is None else np.int32(window)
         size = chunk_length(length, tokens_per_batch)
         if size == length:
-            return np.asarray(_whole_losses(decoder, tokens, limit))
+            given, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
+            return np.asarray(decoder.token_losses(given, targets, window=window)[0])
         cache, parts = decoder.init_cache(rows, length), []
         for start in range(0, length, size):
             part, cache = _chunk_losses(decoder, tokens[:, start : start + size + 1], cache, limit)
@@ -114,7 +105,7 @@ def make_scorer(decoder: Decoder, tokens_per_batch: int) -> Scorer:
         rows, length = tokens.shape
         size = chunk_length(length, tokens_per_batch)
         if size == length:
-            return np.asarray(_whole_logits(decoder, tokens, count))
+            return np.asarray(decoder.logits(decoder.hidden(jnp.asarray(tokens))[:, -count:]))
         cache, last = decoder.init_cache(rows, length), np.zeros((rows, 0, 0))
         for start in range(0, length, size):
             hidden, cache = _chunk_hidden(decoder, tokens[:, start : start + size], cache)

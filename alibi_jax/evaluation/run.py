@@ -28,8 +28,8 @@ may still be training.
 
 Numbers are written after every protocol. Those that are there of the same checkpoint with the same
 settings are kept, and only what is missing is measured: so the same command goes on where it was
-stopped, and protocols can be added. Numbers with other settings, or of an
-earlier checkpoint, are renamed, never overwritten.
+stopped, and protocols can be added. Numbers with other settings, or of an earlier checkpoint, are
+renamed, never overwritten.
 
 It runs on one device. Windows longer than tokens_per_batch go through in chunks, with cached keys.
 """

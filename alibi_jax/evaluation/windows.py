@@ -96,7 +96,7 @@ def supported_lengths(
     Raises:
         UserError: If not even the first length is possible.
     """
-    spans = _spans(split, packing)
+    spans = _spans(split, packing, _copies(split))
     units = [_num_units(spans, length, packing) for length in lengths]
     longest = max(spans[:, 1] - spans[:, 0], default=0)
     text = "the held-out text" if packing == "stream" else "the longest held-out document"
@@ -140,7 +140,8 @@ def longest_windows(
     Raises:
         UserError: If the text does not hold a single window.
     """
-    spans = _spans(split, packing)
+    copied = _copies(split)
+    spans = _spans(split, packing, copied)
     capacity = _capacity(spans, longest)
     share = _shares(capacity, num_windows)
     if not share.any():
@@ -158,7 +159,7 @@ def longest_windows(
 
     tokens, token_bytes = rows(split.tokens, np.int32), rows(split.token_bytes, np.int64)
     needed = longest + 1 if packing == "documents" else 0
-    copies = int((_copies(split) & (np.diff(split.offsets) >= needed)).sum())
+    copies = int((copied & (np.diff(split.offsets) >= needed)).sum())
     unit = "document"
     if packing == "stream":
         document, unit = _blocks(len(starts)), "block"
@@ -191,12 +192,12 @@ def _copies(split: TokenizedDocuments) -> np.ndarray:
     return np.array(copies, bool)
 
 
-def _spans(split: TokenizedDocuments, packing: str) -> np.ndarray:
+def _spans(split: TokenizedDocuments, packing: str, copied: np.ndarray) -> np.ndarray:
     """Starts and ends that no window crosses, int [n, 2]: documents, or the stream between copies.
 
     Without a copy, the stream is one span.
     """
-    documents = np.stack([split.offsets[:-1], split.offsets[1:]], axis=1)[~_copies(split)]
+    documents = np.stack([split.offsets[:-1], split.offsets[1:]], axis=1)[~copied]
     if packing == "documents" or not len(documents):
         return documents
     starts = np.flatnonzero(documents[1:, 0] != documents[:-1, 1]) + 1

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from alibi_jax.bias import as_window, values_of
 from alibi_jax.errors import UserError
 from alibi_jax.models.adaptive import AdaptiveVocabulary
 from alibi_jax.models.block import Block, Row
 from alibi_jax.models.cache import Cache, empty_cache
-from alibi_jax.models.checks import as_ids, as_window, values_of
+from alibi_jax.models.checks import as_ids
 from alibi_jax.models.config import DecoderConfig
 from alibi_jax.models.layers import Norm, dropout, normal_param
 from alibi_jax.models.positions import POSITION_METHODS

@@ -30,16 +30,20 @@ def summary(growth=0.0, lengths=(16, 32, 64), num_documents=4):
     }
     tokens = np.zeros((8, lengths[-1] + 1), np.int32)
     windows = Windows(tokens, np.arange(8) % num_documents, "document", np.ones_like(tokens))
-    ngrams = NgramLosses({n: level + 4.0 - n for n in (1, 2, 3)}, 10**6)
+    return summarized(losses, windows, level + 1.0)
+
+
+def summarized(losses, windows, trigrams, num_bootstrap=100):
+    """A summary of losses beside those of trigrams, with shorter n-grams a nat above each other."""
     return summarize(
         losses,
-        ngrams,
+        NgramLosses({n: trigrams + 3.0 - n for n in (1, 2, 3)}, 10**6),
         windows,
         {"ngram": 13, "share": 0.05, "num_searched": 10**6},
-        train_length=lengths[0],
+        train_length=min(losses),
         num_targets=8,
         tokenizer=ByteTokenizer(),
-        num_bootstrap=100,
+        num_bootstrap=num_bootstrap,
         left_out=[],
     )
 

@@ -7,16 +7,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from alibi_jax.data.tokenizers import ByteTokenizer
 from alibi_jax.errors import UserError
 from alibi_jax.evaluation.compare_figure import comparison_figure, drawn
 from alibi_jax.evaluation.compare_statistics import p_value, t_interval
 from alibi_jax.evaluation.compare_summary import Run, summarize
 from alibi_jax.evaluation.compare_table import comparison_table, findings
-from alibi_jax.evaluation.ngrams import NgramLosses
-from alibi_jax.evaluation.report import summarize as summarize_run
 from alibi_jax.evaluation.verdict import percent
 from alibi_jax.evaluation.windows import Windows
+from tests.evaluation.report_files import summarized
 
 LENGTHS = (16, 32, 64)
 TEXT = np.random.default_rng(0).gamma(3, size=(10, 64)).astype(np.float32)
@@ -30,18 +28,7 @@ def run(levels, *, documents=DOCUMENT, lengths=LENGTHS, seconds=0.1, context=32)
     losses = {
         length: TEXT + np.float32(level) for length, level in zip(lengths, levels, strict=True)
     }
-    evaluation = summarize_run(
-        losses,
-        NgramLosses({n: TEXT + 9.0 - n for n in (1, 2, 3)}, 10**6),
-        windows,
-        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
-        train_length=16,
-        num_targets=8,
-        tokenizer=ByteTokenizer(),
-        num_bootstrap=200,
-        left_out=[],
-    )
-    evaluation["left_out"] = []
+    evaluation = summarized(losses, windows, TEXT + 6.0, num_bootstrap=200)
     evaluation["verdict"] |= {"uses_context_to": 32, "retrieves_to": None, "warning": None}
     evaluation["verdict"]["uses_context_to_interval"] = [32, context]
     evaluation["config"] = {"evaluation": {"num_bootstrap": 200, "split": "test"}}

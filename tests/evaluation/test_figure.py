@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from alibi_jax.data.tokenizers import ByteTokenizer
-from alibi_jax.evaluation import Windows, extrapolation_figure, panels, summarize
+from alibi_jax.evaluation import Windows, extrapolation_figure, panels
 from alibi_jax.evaluation.assess import PROTOCOLS
-from alibi_jax.evaluation.ngrams import NgramLosses
 from alibi_jax.evaluation.panels import evaluation_figure
 from tests.evaluation.oracles import explodes, scorer, uses
+from tests.evaluation.report_files import summarized
 from tests.evaluation.test_assess import evaluate
 
 
@@ -22,17 +21,8 @@ def summary_of(losses, num_documents=4):
     level = rng.gamma(3, size=(8, 64)).astype(np.float32)
     tokens = np.zeros((8, 65), np.int32)
     windows = Windows(tokens, np.arange(8) % num_documents, "document", np.ones_like(tokens))
-    return summarize(
-        {length: level + change for length, change in losses.items()},
-        NgramLosses({n: level + 4.0 - n for n in (1, 2, 3)}, 10**6),
-        windows,
-        {"ngram": 13, "share": 0.05, "num_searched": 10**6},
-        train_length=16,
-        num_targets=8,
-        tokenizer=ByteTokenizer(),
-        num_bootstrap=100,
-        left_out=[],
-    )
+    changed = {length: level + change for length, change in losses.items()}
+    return summarized(changed, windows, level + 1.0)
 
 
 @pytest.mark.parametrize(
